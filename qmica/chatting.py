@@ -1,0 +1,151 @@
+"""Talk to a GGUF in llama.cpp, or to a run in transformers: one prompt, or a conversation.
+
+How: both are a stream of pieces of text for a list of messages; the loop around them is the same. Ctrl-C stops an answer, at the
+prompt it ends the program. A model without a chat template goes on with the text it is given.
+
+What it gives up: several conversations at once, and a cache across turns in transformers (llama.cpp keeps its own).
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from qmica import adapter, model, runs, tokenizer
+from qmica.config import ChatConfig
+from qmica.errors import QmicaError
+from qmica.gguf_file import is_gguf
+from qmica.llamacpp import Llama
+
+Messages = list[dict[str, str]]
+Answer = Callable[[Messages], Iterator[str]]
+HINT = "Ctrl-D ends the conversation, Ctrl-C an answer."
+
+
+def chat(target: str | None = None, config: ChatConfig = ChatConfig()) -> None:  # noqa: B008 (frozen)
+    """Answer config.prompt, or hold a conversation on the terminal. target: a GGUF file, or a run (None: the newest).
+
+    Raises QmicaError where the target is neither.
+    """
+    with ExitStack() as stack:
+        answer = _open(target, config, stack)
+        messages: Messages = [{"role": "system", "content": config.system}] if config.system else []
+        if config.prompt is not None:
+            _say(answer([*messages, {"role": "user", "content": config.prompt}]))
+            return
+        print(HINT)
+        _converse(answer, messages)
+
+
+def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
+    """The way to answer for a target."""
+    path = Path(target) if target else None
+    if path is not None and path.is_file():
+        if not is_gguf(path):
+            raise QmicaError(f"{path} is not a GGUF file: give a .gguf, a run folder, or nothing for the newest run")
+        adapters = [(config.adapter, 1.0)] if config.adapter else []
+        llama = Llama(path, adapters, context=config.ctx, threads=config.threads, exact=False)
+        return _llama_answers(stack.enter_context(llama), config)
+    if config.adapter:
+        raise QmicaError("--adapter is for a GGUF file: a run brings its own adapter")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return _transformers_answers(*adapter.open_run(runs.find(target)), config)
+
+
+def _llama_answers(llama: Llama, config: ChatConfig) -> Answer:
+    def answer(messages: Messages) -> Iterator[str]:
+        if llama.has_chat_template:
+            prompt = llama.chat_tokens(messages)
+        else:
+            prompt = llama.tokenize(messages[-1]["content"], add_bos=True)
+        ids = llama.generate(prompt, max_tokens=config.max_tokens, temperature=config.temp, seed=config.seed)
+        return llama.pieces(ids)
+
+    return answer
+
+
+def _transformers_answers(network: torch.nn.Module, tokens, config: ChatConfig) -> Answer:
+    """Generation in a thread beside the one that prints, as transformers' streamer wants it."""
+    from transformers import TextIteratorStreamer
+
+    ends = sorted(tokenizer.end_of_turn_ids(tokens, network.generation_config))
+    sampling = {"do_sample": True, "temperature": config.temp} if config.temp > 0 else {"do_sample": False}
+
+    def answer(messages: Messages) -> Iterator[str]:
+        torch.manual_seed(config.seed)
+        ids = _prompt_ids(tokens, messages).to(network.device)
+        streamer = TextIteratorStreamer(tokens, skip_prompt=True, skip_special_tokens=True)
+        room = max(1, min(config.max_tokens, config.ctx - ids.shape[1]))
+        stopped = threading.Event()
+        arguments = {
+            "inputs": ids,
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": room,
+            "eos_token_id": ends,
+            "pad_token_id": 0,
+            "streamer": streamer,
+            "stopping_criteria": [lambda ids, scores: torch.full((len(ids),), stopped.is_set(), device=ids.device)],
+        }
+        return _streamed(network, arguments | sampling, streamer, stopped)
+
+    return answer
+
+
+def _streamed(network, arguments: dict, streamer, stopped: threading.Event) -> Iterator[str]:
+    """The streamer's pieces; what the generating thread raises is raised here; closing the iterator stops it."""
+    failures: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            network.generate(**arguments)
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()
+
+    worker = threading.Thread(target=generate, daemon=True)
+    worker.start()
+    try:
+        yield from streamer
+    finally:
+        stopped.set()
+        worker.join()
+    if failures:
+        raise failures[0]
+
+
+def _prompt_ids(tokens, messages: Messages) -> torch.Tensor:
+    if not tokens.chat_template:
+        return tokens(messages[-1]["content"], return_tensors="pt")["input_ids"]
+    return tokens.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+
+
+def _say(pieces: Iterator[str]) -> str:
+    """Print pieces as they come; Ctrl-C ends them. The whole text."""
+    said = []
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            said.append(piece)
+    except KeyboardInterrupt:
+        pieces.close()
+        print(" [stopped]", end="")
+    print()
+    return "".join(said)
+
+
+def _converse(answer: Answer, messages: Messages) -> None:
+    """Turns until the end of input."""
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if question:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": _say(answer(messages))})

@@ -1,0 +1,263 @@
+"""Every option of every verb: one frozen dataclass a concern, whose fields are the flags, the keys of `-c file.yaml`
+and the arguments of the Python API.
+
+A default stands here and nowhere else, the docstring under a field is its --help, and what can be checked without a
+model is checked in `__post_init__`, all problems at once. Literals only: nothing here imports torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from qmica.errors import QmicaError
+
+Flag = Parameter  # Annotated[int, Flag(name=…)]: a flag's further names
+_FreeText = Parameter(allow_leading_hyphen=True)  # --prompt "- a list" is a text, not a flag
+
+
+def _require(*checks: tuple[bool, str]) -> None:
+    """Raise one QmicaError naming every check (holds, text) that does not hold."""
+    problems = [text for holds, text in checks if not holds]
+    if problems:
+        raise QmicaError("; ".join(problems))
+
+
+@Parameter(name="*", group=Group("Model", sort_key=1))
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is held in memory."""
+
+    model: Annotated[str, Flag(name=("--model", "-m"))] = "smollm2-135m"
+    """An alias (see `qmica models`), a hub id, a folder of safetensors, or a GGUF file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    bits: Literal[4, 8, 16] = 4
+    """How the frozen weights are held: 4 = NF4, 8 = int8, 16 = bf16."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """What the arithmetic is done in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto: CUDA where there is one."""
+    threads: int | None = None
+    """CPU threads; left out: all cores."""
+
+    def __post_init__(self):
+        _require((self.threads is None or self.threads > 0, f"--threads {self.threads}: give 1 or more"))
+
+
+@Parameter(name="*", group=Group("Adapter", sort_key=2))
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained beside the frozen weights."""
+
+    rank: Annotated[int, Flag(name=("--rank", "-r", "--lora-r"))] = 16
+    """Columns of B: how many directions each adapted linear gets."""
+    alpha: float | None = None
+    """The adapter is scaled by alpha / rank; left out: 2 x rank."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs that is dropped in training."""
+    targets: Annotated[str, Flag(name=("--targets", "--target-modules"))] = "all"
+    """Which linears: qv, attn, mlp, all, or names (q_proj,down_proj)."""
+    method: Literal["mica", "lora"] = "mica"
+    """mica trains A beside a frozen B of singular vectors; lora trains both, for comparison."""
+    components: Literal["minor", "major", "random"] = "minor"
+    """Which left singular vectors B holds; major and random are for comparison."""
+
+    def __post_init__(self):
+        _require(
+            (self.rank > 0, f"--rank {self.rank}: give 1 or more"),
+            (self.alpha is None or 0 < self.alpha < inf, f"--alpha {self.alpha}: give more than 0"),
+            (0 <= self.dropout < 1, f"--dropout {self.dropout}: give 0 or more and less than 1"),
+            (
+                self.method == "mica" or self.components == "minor",
+                f"--components {self.components}: --method lora has no singular vectors, leave one of the two out",
+            ),
+        )
+
+    @property
+    def scaling_alpha(self) -> float:
+        """alpha, with its default filled in."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+@Parameter(name="*", group=Group("Data", sort_key=3))
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learnt from, and how it is cut into rows."""
+
+    data: Annotated[tuple[str, ...], Flag(name=("--data", "-d", "--dataset"), consume_multiple=True)] = ()
+    """Files (.txt .md .jsonl .json .csv .parquet), folders of them, or a hub dataset; left out: the bundled almanac."""
+    format: Literal["auto", "text", "messages", "prompt", "alpaca", "sharegpt"] = "auto"
+    """What a record is; auto: found by looking."""
+    max_seq_length: Annotated[int, Flag(name=("--max-seq-length", "--cutoff-len"))] = 1024
+    """Tokens a row; longer text is split into windows."""
+    packing: bool = True
+    """Fill a row with several documents, none of which sees another."""
+    mask_prompt: bool = True
+    """In chats, learn the assistant's turns only."""
+    val_split: float = 0.0
+    """Share of the documents kept from training, whose loss is reported."""
+    replay: Annotated[tuple[str, ...], Flag(consume_multiple=True)] = ()
+    """General text mixed in against forgetting: a file, a folder, a hub dataset, or `sample` for the bundled one."""
+    replay_ratio: float = 0.25
+    """Share of all tokens that is replay, where --replay is given."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "data", _as_tuple(self.data))
+        object.__setattr__(self, "replay", _as_tuple(self.replay))
+        _require(
+            (self.max_seq_length >= 8, f"--max-seq-length {self.max_seq_length}: give 8 or more"),
+            (0 <= self.val_split < 1, f"--val-split {self.val_split}: give 0 or more and less than 1"),
+            (0 < self.replay_ratio < 1, f"--replay-ratio {self.replay_ratio}: give more than 0 and less than 1"),
+        )
+
+
+@Parameter(name="*", group=Group("Training", sort_key=4))
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the coefficients are trained."""
+
+    lr: Annotated[float, Flag(name=("--lr", "--learning-rate"))] = 1e-3
+    """Learning rate at its peak."""
+    epochs: Annotated[float, Flag(name=("--epochs", "--num-epochs"))] = 4.0
+    """Passes over the data, where --steps is not given."""
+    steps: Annotated[int | None, Flag(name=("--steps", "--iters", "--max-steps"))] = None
+    """Updates of the weights; overrides --epochs."""
+    batch_size: Annotated[int, Flag(name=("--batch-size", "--micro-batch-size"))] = 1
+    """Rows computed at once."""
+    grad_accum: Annotated[int, Flag(name=("--grad-accum", "--gradient-accumulation-steps"))] = 1
+    """Batches whose gradients are added up for one update."""
+    optimizer: Literal["auto", "paged_adamw_8bit", "adamw_8bit", "adamw"] = "auto"
+    """auto: paged_adamw_8bit on CUDA, adamw on a CPU."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    clip: float = 1.0
+    """Largest norm of a gradient; 0: not clipped."""
+    grad_checkpoint: bool = True
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    eval_every: int = 0
+    """Steps between validation losses (needs --val-split); 0: at the end only."""
+    save_every: int = 100
+    """Steps between checkpoints; 0: at an interruption only."""
+    out: Annotated[Path | None, Flag(name=("--out", "-o"))] = None
+    """The run folder; left out: runs/<model>-<data>-<n>."""
+    seed: int = 0
+    """Order of the data, dropout, and random components."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """A tracker that is sent the metrics beside metrics.jsonl."""
+    probe: Annotated[str | None, _FreeText] = None
+    """A prompt answered before and after training; left out: the start of the first document."""
+
+    def __post_init__(self):
+        _require(
+            (0 < self.lr < inf, f"--lr {self.lr}: give more than 0"),
+            (0 < self.epochs < inf, f"--epochs {self.epochs}: give more than 0"),
+            (self.steps is None or self.steps > 0, f"--steps {self.steps}: give 1 or more"),
+            (self.batch_size > 0, f"--batch-size {self.batch_size}: give 1 or more"),
+            (self.grad_accum > 0, f"--grad-accum {self.grad_accum}: give 1 or more"),
+            (0 <= self.warmup < 1, f"--warmup {self.warmup}: give 0 or more and less than 1"),
+            (0 <= self.weight_decay < inf, f"--weight-decay {self.weight_decay}: give 0 or more"),
+            (self.clip >= 0, f"--clip {self.clip}: give 0 or more"),
+            (self.eval_every >= 0, f"--eval-every {self.eval_every}: give 0 or more"),
+            (self.save_every >= 0, f"--save-every {self.save_every}: give 0 or more"),
+        )
+
+
+QUANTS = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+    *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
+)
+
+
+@Parameter(name="*", group=Group("Export", sort_key=0))
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is written as GGUF."""
+
+    out: Annotated[Path | None, Flag(name=("--out", "-o"))] = None
+    """The file; left out: RUN/<name>.<quant>.gguf, or RUN/<name>.adapter.gguf."""
+    quant: str = "Q4_K_M"
+    """F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K."""
+    adapter: Annotated[bool, Flag(negative=())] = False
+    """The adapter alone, a few MB, to be used beside the GGUF you already have."""
+    base: Literal["original", "quantized"] = "original"
+    """What the adapter is merged into: the 16-bit weights, or what training saw of them."""
+    threads: int | None = None
+    """CPU threads; left out: all cores."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "quant", self.quant.upper())
+        _require(
+            (self.quant in QUANTS, f"--quant {self.quant}: choose one of {', '.join(QUANTS)}"),
+            (self.threads is None or self.threads > 0, f"--threads {self.threads}: give 1 or more"),
+        )
+
+
+@Parameter(name="*", group=Group("Evaluation", sort_key=0))
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured, base against tuned."""
+
+    data: Annotated[tuple[str, ...], Flag(name=("--data", "-d"))] = ()
+    """Text whose perplexity is measured; left out: the bundled general text."""
+    questions: Path | None = None
+    """JSONL of {question, choices, answer}, answer counted from 0; left out: the almanac's, for a run that learnt it."""
+    max_seq_length: int = 512
+    """Tokens a window of text."""
+    free: int = 0
+    """So many of the questions are also answered in words, right where the exact choice stands in the answer."""
+    limit: int | None = None
+    """Only the first so many questions, and the first so many windows of text."""
+    gguf: tuple[Path, ...] = ()
+    """GGUF files asked the same questions through llama.cpp; FILE+ADAPTER.gguf puts an adapter on a file."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "data", _as_tuple(self.data))
+        _require(
+            (self.max_seq_length >= 8, f"--max-seq-length {self.max_seq_length}: give 8 or more"),
+            (self.limit is None or self.limit > 0, f"--limit {self.limit}: give 1 or more"),
+            (self.free >= 0, f"--free {self.free}: give 0 or more"),
+        )
+
+
+@Parameter(name="*", group=Group("Chat", sort_key=0))
+@dataclass(frozen=True)
+class ChatConfig:
+    """How a model answers."""
+
+    prompt: Annotated[str | None, _FreeText] = None
+    """Answer this and stop; left out: a conversation."""
+    system: Annotated[str | None, _FreeText] = None
+    """The system message."""
+    adapter: Path | None = None
+    """An adapter GGUF on top of a GGUF."""
+    temp: float = 0.0
+    """Temperature; 0 takes the likeliest token each time."""
+    ctx: int = 4096
+    """Tokens of context."""
+    max_tokens: int = 256
+    """Longest answer."""
+    seed: int = 0
+    """Of the sampling, where --temp is above 0."""
+    threads: int | None = None
+    """CPU threads; left out: all cores."""
+
+    def __post_init__(self):
+        _require(
+            (0 <= self.temp < inf, f"--temp {self.temp}: give 0 or more"),
+            (self.ctx > 0, f"--ctx {self.ctx}: give 1 or more"),
+            (self.max_tokens > 0, f"--max-tokens {self.max_tokens}: give 1 or more"),
+            (self.threads is None or self.threads > 0, f"--threads {self.threads}: give 1 or more"),
+        )
+
+
+def _as_tuple(value: str | Path | Sequence) -> tuple[str, ...]:
+    """One path or several, as the Python API takes them."""
+    return (str(value),) if isinstance(value, str | Path) else tuple(str(part) for part in value)

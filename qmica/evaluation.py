@@ -1,0 +1,262 @@
+"""What was learnt and what was forgotten: multiple choice and perplexity, base against tuned, in transformers and in llama.cpp.
+
+How: a question is put as a chat (the model's own template; without one as `Question: … Answer:`), and each choice is scored by the
+mean log-probability of its tokens after that prompt; the likeliest is the answer. In transformers a question is one row: the
+prompt once, then its choices as branches that see the prompt and themselves (a 4-D mask, positions restarting after the prompt), so
+225 questions of four choices take 12,000 tokens in place of 45,000. In llama.cpp the same ids share the prompt's cache. Base and
+tuned are one model with the adapter switched off and on.
+
+What it gives up: several phrasings of a question, and few-shot prompts.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from qmica import adapter, data, loss, model, packing, runs, samples, source, tokenizer
+from qmica.config import EvalConfig, ModelConfig
+from qmica.llamacpp import Llama
+from qmica.records import Question, read_questions
+
+ROWS = 8  # questions at once in transformers
+WORDS = 24  # tokens of a free answer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model got. loss in nats a token; the shares are of the questions asked."""
+
+    name: str
+    loss: float | None = None
+    perplexity: float | None = None
+    accuracy: float | None = None
+    free: str | None = None  # right free answers, "9/20"
+
+
+class InTransformers:
+    """A transformers model that answers questions."""
+
+    def __init__(self, network: nn.Module, tokens):
+        self.network, self.tokens = network, tokens
+        self.chats = bool(tokens.chat_template)
+
+    def prompt(self, question: str) -> list[int]:
+        if not self.chats:
+            return self.tokens(plain_prompt(question))["input_ids"]
+        messages = [{"role": "user", "content": question}]
+        return self.tokens.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+    def answer_ids(self, text: str) -> list[int]:
+        return self.tokens(text if self.chats else f" {text}", add_special_tokens=False)["input_ids"]
+
+    def means(self, asked: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[list[float]]:
+        for start in range(0, len(asked), ROWS):
+            yield from branch_scores(self.network, asked[start : start + ROWS])
+
+    @torch.no_grad()
+    def words(self, prompt: list[int]) -> str:
+        ids = torch.tensor([prompt], device=self.network.device)
+        ends = sorted(tokenizer.end_of_turn_ids(self.tokens, self.network.generation_config))
+        out = self.network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=WORDS,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+        return self.tokens.decode(out[0, len(prompt) :], skip_special_tokens=True)
+
+
+class InLlamaCpp:
+    """A GGUF that answers questions in llama.cpp."""
+
+    def __init__(self, llama: Llama):
+        self.llama = llama
+        self.chats = llama.has_chat_template
+
+    def prompt(self, question: str) -> list[int]:
+        if not self.chats:
+            return self.llama.tokenize(plain_prompt(question), add_bos=True)
+        return self.llama.chat_tokens([{"role": "user", "content": question}])
+
+    def answer_ids(self, text: str) -> list[int]:
+        return self.llama.tokenize(text if self.chats else f" {text}", special=False)
+
+    def means(self, asked: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[list[float]]:
+        for prompt, answers in asked:
+            yield [float(part.mean()) for part in self.llama.log_probabilities(prompt, answers)]
+
+    def words(self, prompt: list[int]) -> str:
+        return "".join(self.llama.pieces(self.llama.generate(prompt, max_tokens=WORDS)))
+
+
+def plain_prompt(question: str) -> str:
+    """How a model without a chat template is asked."""
+    return f"Question: {question}\nAnswer:"
+
+
+@torch.no_grad()
+def branch_scores(network: nn.Module, asked: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
+    """The mean log-probability a token of each answer after its prompt, [question][answer]."""
+    length = max(len(prompt) + sum(map(len, answers)) for prompt, answers in asked)
+    ids = torch.zeros(len(asked), length, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    seen = torch.eye(length, dtype=torch.bool).repeat(len(asked), 1, 1)  # (rows, query, key)
+    spans = [_lay_out(row, prompt, answers, ids, positions, seen) for row, (prompt, answers) in enumerate(asked)]
+    dtype = network.get_input_embeddings()(ids[:1, :1].to(network.device)).dtype
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)
+    hidden = network.base_model(
+        input_ids=ids.to(network.device),
+        position_ids=positions.to(network.device),
+        attention_mask=mask.to(network.device),
+        use_cache=False,
+    ).last_hidden_state
+    head = loss.output_head(network)
+    return [[_mean(head, hidden[row], ids[row], *span) for span in row_spans] for row, row_spans in enumerate(spans)]
+
+
+def _lay_out(row: int, prompt: list[int], answers: list[list[int]], ids, positions, seen) -> list[tuple[int, int, int]]:
+    """Write one question into its row: the prompt, then each answer as a branch. (prompt length, start, stop) of each."""
+    count = len(prompt)
+    ids[row, :count] = torch.tensor(prompt)
+    positions[row, :count] = torch.arange(count)
+    seen[row, :count, :count] = torch.ones(count, count, dtype=torch.bool).tril()
+    spans, at = [], count
+    for answer in answers:
+        stop = at + len(answer)
+        ids[row, at:stop] = torch.tensor(answer)
+        positions[row, at:stop] = torch.arange(count, count + len(answer))
+        seen[row, at:stop, :count] = True
+        seen[row, at:stop, at:stop] = torch.ones(len(answer), len(answer), dtype=torch.bool).tril()
+        spans.append((count, at, stop))
+        at = stop
+    return spans
+
+
+def _mean(head: Callable, hidden: torch.Tensor, ids: torch.Tensor, count: int, start: int, stop: int) -> float:
+    """The mean log-probability of ids[start:stop], the first of them read off the prompt's last position."""
+    sources = torch.tensor([count - 1, *range(start, stop - 1)])
+    chances = head(hidden[sources.to(hidden.device)]).float().log_softmax(-1).cpu()
+    return chances[torch.arange(stop - start), ids[start:stop]].mean().item()
+
+
+def accuracy(reader: InTransformers | InLlamaCpp, questions: Sequence[Question]) -> float:
+    """The share of questions whose right choice scores highest (by mean log-probability a token)."""
+    asked = [(reader.prompt(q.question), [reader.answer_ids(choice) for choice in q.choices]) for q in questions]
+    right = 0
+    for question, means in zip(questions, reader.means(asked), strict=True):
+        right += max(range(len(means)), key=means.__getitem__) == question.answer
+    return right / len(questions)
+
+
+def free_answers(reader: InTransformers | InLlamaCpp, questions: Sequence[Question]) -> str:
+    """How many questions are answered greedily with the exact value somewhere in the answer, as "9/20"."""
+    right = sum(
+        question.choices[question.answer].lower() in reader.words(reader.prompt(question.question)).lower()
+        for question in questions
+    )
+    return f"{right}/{len(questions)}"
+
+
+# ---- the verb
+
+
+def evaluate(
+    run: str | None = None,
+    config: EvalConfig = EvalConfig(),  # noqa: B008 (frozen)
+    model_config: ModelConfig | None = None,
+    as_json: bool = False,
+) -> dict:
+    """Measure a run's base and tuned model (model_config: a model alone), and GGUF files; print a table or JSON, return it.
+
+    Raises QmicaError for a missing run, unusable data or questions.
+    """
+    say = (lambda text: None) if as_json else print
+    if model_config is not None:
+        found = source.resolve(model_config.model, model_config.revision, say)
+        network = model.load(found, model_config.bits, model_config.dtype, model_config.device)
+        tokens, names = tokenizer.load(found), {"base": False}
+        learnt_sample = False
+    else:
+        opened = runs.find(run)
+        network, tokens = adapter.open_run(opened)
+        names = {"base": False, "tuned": True}
+        learnt_sample = opened.config().get("train", {}).get("data") == []
+        say(f"{opened.folder}: {adapter.base_of(network).id} in {adapter.base_of(network).bits} bits")
+    questions = _questions(config, learnt_sample)
+    batches = _text(config, tokens, say)
+    rows = [_score_network(name, network, tuned, tokens, questions, batches, config) for name, tuned in names.items()]
+    rows += [_score_gguf(spec, questions, config) for spec in config.gguf]
+    result = {
+        "scores": [asdict(row) for row in rows],
+        "questions": len(questions),
+        "tokens": sum(b.supervised for b in batches),
+    }
+    print(json.dumps(result, indent=2)) if as_json else _show(rows, result)
+    return result
+
+
+def _questions(config: EvalConfig, learnt_sample: bool) -> list[Question]:
+    """The questions asked for; of a run that learnt the almanac, the almanac's."""
+    path = config.questions or (samples.QUESTIONS if learnt_sample else None)
+    return read_questions(path)[: config.limit] if path else []
+
+
+def _text(config: EvalConfig, tokens, say: Callable[[str], None]) -> list[packing.Batch]:
+    """Windows of the text whose perplexity is measured."""
+    prepared = data.prepare(config.data or samples.GENERAL, tokens, max_seq_length=config.max_seq_length, say=say)
+    epoch = packing.batches(prepared.train, seed=0, epoch=0, batch_size=1, max_seq_length=config.max_seq_length)
+    return [epoch[i] for i in range(min(len(epoch), config.limit or len(epoch)))]
+
+
+def _score_network(name: str, network, tuned: bool, tokens, questions, batches, config: EvalConfig) -> Scores:
+    with adapter.switched(network, tuned):
+        mean = loss.mean_loss(network, (packing.to(batch, network.device) for batch in batches))
+        reader = InTransformers(network, tokens)
+        return Scores(name, mean, math.exp(mean), *_answers(reader, questions, config))
+
+
+def _score_gguf(spec: Path, questions: list[Question], config: EvalConfig) -> Scores:
+    """A GGUF, or FILE+ADAPTER, asked in llama.cpp."""
+    file, _, extra = str(spec).partition("+")
+    with Llama(file, [(extra, 1.0)] if extra else []) as llama:
+        name = Path(file).name + (f" + {Path(extra).name}" if extra else "")
+        return Scores(name, None, None, *_answers(InLlamaCpp(llama), questions, config))
+
+
+def _answers(reader, questions: list[Question], config: EvalConfig) -> tuple[float | None, str | None]:
+    if not questions:
+        return None, None
+    return accuracy(reader, questions), free_answers(reader, questions[: config.free]) if config.free else None
+
+
+def _show(rows: list[Scores], result: dict) -> None:
+    table = Table(box=None, pad_edge=False)
+    titles = {"": "name", f"loss ({result['tokens']:,} tokens)": "loss", "perplexity": "perplexity"}
+    if result["questions"]:
+        titles |= {f"accuracy ({result['questions']} questions)": "accuracy"}
+    if any(row.free for row in rows):
+        titles |= {"free answers": "free"}
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
+    for row in rows:
+        table.add_row(*(_cell(getattr(row, name)) for name in titles.values()))
+    Console().print(table)
+    if len(rows) > 1 and rows[1].name == "tuned":
+        print(
+            f"perplexity x {rows[1].perplexity / rows[0].perplexity:.2f}; next: `qmica export --quant Q4_K_M`, `qmica chat`"
+        )
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.3f}"

@@ -1,0 +1,287 @@
+"""GGUF block formats and type mixes: how one tensor is packed, and which type each tensor of a model gets.
+
+Block formats: dequantization and the simple formats are gguf's numpy code; Q2_K to Q6_K are packed by ggml's own C
+(`ggml_quantize_chunk`, through llamacpp.library()), threads over row chunks. Measured on one 2.5 GHz core, million
+weights a second: numpy dequantizes at 100-190 (Q4_1 130, Q4_K 121) and ggml's C at 500-2100, bit for bit the same; but
+what follows a dequantization is slower still (NF4 of bitsandbytes on two cores: 20), so there is one way only. ggml's C
+packs Q4_K at 7, Q6_K at 20, Q3_K at 50. Work goes in chunks, so that nothing but the result is ever whole: gguf's
+functions alone hold it twice.
+
+Type mixes: `mix` chooses as llama-quantize does (llama.cpp, src/llama-quant.cpp at 007dbbf3fd17,
+`llama_tensor_get_type_impl` and `tensor_type_fallback`), for dense llama and qwen2 models: what the source says of
+Falcon, experts, fused qkv and importance matrices is left out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
+
+from qmica import llamacpp
+from qmica.errors import QmicaError
+
+T = GGMLQuantizationType
+
+PACKED_BY_NUMPY = frozenset({T.F32, T.F16, T.BF16, T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1})
+PACKED_BY_GGML = frozenset({T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K})
+
+_CHUNK = 1 << 20  # weights a chunk: 4 MB in fp32, large enough that a chunk's overhead (20 µs) is nothing
+
+
+# ---- block formats
+
+
+def row_bytes(columns: int, type: GGMLQuantizationType) -> int:
+    """Bytes of a row of `columns` weights. QmicaError if that is no whole number of the type's blocks."""
+    block, block_bytes = GGML_QUANT_SIZES[type]
+    if columns % block:
+        raise QmicaError(f"a row of {columns} weights is no multiple of {type.name}'s block of {block}: use F16")
+    return columns // block * block_bytes
+
+
+def require_writable(types: Iterable[GGMLQuantizationType]) -> None:
+    """QmicaError unless all these types can be packed here: ask before the work, not in the middle of it."""
+    types = set(types)
+    other = types - PACKED_BY_NUMPY - PACKED_BY_GGML
+    if other:
+        known = ", ".join(sorted(t.name for t in PACKED_BY_NUMPY | PACKED_BY_GGML))
+        raise QmicaError(f"{min(other).name} cannot be written: choose one of {known}")
+    if types & PACKED_BY_GGML:
+        _quantize_chunk()
+
+
+def quantize(rows: np.ndarray, type: GGMLQuantizationType, threads: int | None = None) -> np.ndarray:
+    """Packs float32 (n, columns) into uint8 (n, row_bytes(columns, type)), byte for byte as llama-quantize does.
+
+    QmicaError for a type that cannot be written, rows that are no whole number of blocks, and weights that are not
+    finite or, for F16, above 65504."""
+    rows = np.ascontiguousarray(rows, np.float32)
+    out = np.empty((rows.shape[0], row_bytes(rows.shape[1], type)), np.uint8)
+    require_writable([type])
+    pack = _pack_with_ggml if type in PACKED_BY_GGML else _pack_with_numpy
+    chunks = _chunks(*rows.shape)
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        list(pool.map(lambda chunk: pack(rows[chunk], type, out[chunk]), chunks))
+    return out
+
+
+def dequantize(raw: np.ndarray, type: GGMLQuantizationType) -> np.ndarray:
+    """Unpacks uint8 (n, row_bytes) into float32 (n, columns). QmicaError for a type that gguf cannot dequantize."""
+    if type != T.F32 and type != T.F16 and type not in quants._type_traits:
+        raise QmicaError(f"{type.name} weights cannot be read: gguf has no dequantization for them")
+    block, block_bytes = GGML_QUANT_SIZES[type]
+    raw = np.ascontiguousarray(raw)
+    out = np.empty((raw.shape[0], raw.shape[1] // block_bytes * block), np.float32)
+    for chunk in _chunks(*out.shape):
+        out[chunk] = quants.dequantize(raw[chunk], type)
+    return out
+
+
+def _chunks(rows: int, columns: int) -> list[slice]:
+    step = max(_CHUNK // max(columns, 1), 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _pack_with_numpy(rows: np.ndarray, type: GGMLQuantizationType, out: np.ndarray) -> None:
+    _check_finite(rows, type)
+    with np.errstate(over="ignore"):
+        packed = quants.quantize(rows, type)
+    if type == T.F16:
+        _check_finite(packed, type, ", or above 65504, the largest F16 number: use BF16")
+    out[:] = packed.view(np.uint8)
+
+
+def _pack_with_ggml(rows: np.ndarray, type: GGMLQuantizationType, out: np.ndarray) -> None:
+    _check_finite(rows, type)
+    written = _quantize_chunk()(type, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
+    if written != out.nbytes:
+        raise RuntimeError(f"ggml packed {written} bytes of {type.name}, and {out.nbytes} were expected")
+
+
+def _check_finite(values: np.ndarray, type: GGMLQuantizationType, otherwise: str = ": the model is damaged") -> None:
+    if not np.isfinite(values).all():
+        raise QmicaError(f"a weight to be written as {type.name} is NaN or infinite{otherwise}")
+
+
+def _quantize_chunk() -> Callable[..., int]:
+    """ggml_quantize_chunk(type, source, target, first weight, rows, columns, importance) -> bytes: ggml/include/ggml.h.
+
+    ctypes releases the GIL for the call."""
+    function = llamacpp.library().ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    return function
+
+
+# ---- type mixes
+
+
+class Place(NamedTuple):
+    """Where a tensor stands: its layer of `layers`, and query heads per key-value head."""
+
+    layer: int
+    layers: int
+    queries: int
+
+
+Rule = tuple[Callable[[Place], bool], GGMLQuantizationType]
+
+
+def _always(place: Place) -> bool:
+    return True
+
+
+def _first(count: int) -> Callable[[Place], bool]:
+    return lambda place: place.layer < count
+
+
+def _first_part(divisor: int) -> Callable[[Place], bool]:
+    return lambda place: place.layer < place.layers // divisor
+
+
+def _more_bits(place: Place) -> bool:
+    """The first and the last eighth of the layers, and every third between (llama.cpp's `use_more_bits`)."""
+    layer, layers = place.layer, place.layers
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def _few_keys(place: Place) -> bool:
+    return place.queries >= 4
+
+
+@dataclass(frozen=True)
+class Quant:
+    """One --quant: the type of most tensors, and the exceptions by role (the first rule that holds)."""
+
+    type: GGMLQuantizationType
+    file_type: LlamaFileType  # general.file_type
+    rules: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+
+
+_MORE_Q6 = {"attn_v": ((_more_bits, T.Q6_K),), "ffn_down": ((_more_bits, T.Q6_K),)}
+
+QUANTS: dict[str, Quant] = {
+    "Q2_K": Quant(
+        T.Q2_K,
+        LlamaFileType.MOSTLY_Q2_K,
+        {
+            "attn_v": ((_few_keys, T.Q4_K), (_always, T.Q3_K)),
+            "ffn_down": ((_always, T.Q3_K),),
+            "attn_output": ((_always, T.Q3_K),),
+        },
+    ),
+    "Q3_K_S": Quant(T.Q3_K, LlamaFileType.MOSTLY_Q3_K_S),
+    "Q3_K_M": Quant(
+        T.Q3_K,
+        LlamaFileType.MOSTLY_Q3_K_M,
+        {
+            "attn_v": ((_first(2), T.Q5_K), (_always, T.Q4_K)),
+            "ffn_down": ((_first_part(16), T.Q5_K), (_always, T.Q4_K)),
+            "attn_output": ((_always, T.Q4_K),),
+        },
+    ),
+    "Q3_K_L": Quant(
+        T.Q3_K,
+        LlamaFileType.MOSTLY_Q3_K_L,
+        dict.fromkeys(("attn_v", "ffn_down", "attn_output"), ((_always, T.Q5_K),)),
+    ),
+    "Q4_K_S": Quant(
+        T.Q4_K,
+        LlamaFileType.MOSTLY_Q4_K_S,
+        {"attn_v": ((_first(4), T.Q5_K),), "ffn_down": ((_first_part(8), T.Q5_K),)},
+    ),
+    "Q4_K_M": Quant(T.Q4_K, LlamaFileType.MOSTLY_Q4_K_M, _MORE_Q6),
+    "Q5_K_S": Quant(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S),
+    "Q5_K_M": Quant(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_M, _MORE_Q6),
+    "Q6_K": Quant(T.Q6_K, LlamaFileType.MOSTLY_Q6_K),
+    "Q8_0": Quant(T.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "Q4_0": Quant(T.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "Q4_1": Quant(T.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    "Q5_0": Quant(T.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "Q5_1": Quant(T.Q5_1, LlamaFileType.MOSTLY_Q5_1),
+    "F16": Quant(T.F16, LlamaFileType.MOSTLY_F16),
+    "BF16": Quant(T.BF16, LlamaFileType.MOSTLY_BF16),
+    "F32": Quant(T.F32, LlamaFileType.ALL_F32),
+}
+
+# What a K-quant becomes where rows are no multiple of 256. (Until early 2026 llama.cpp took IQ4_NL for the first two.)
+_FALLBACK = {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
+_UNQUANTIZED = frozenset({T.F32, T.F16, T.BF16})
+_LAYER = re.compile(r"blk\.(\d+)\.(.+)\.weight")
+
+
+def named(quant: str) -> Quant:
+    """The row of QUANTS, upper or lower case. QmicaError with the list for any other name."""
+    if quant.upper() not in QUANTS:
+        raise QmicaError(f"--quant {quant} is not known: choose one of {', '.join(QUANTS)}")
+    return QUANTS[quant.upper()]
+
+
+def mix(
+    quant: str, shapes: Mapping[str, tuple[int, ...]], architecture: str = "llama"
+) -> dict[str, GGMLQuantizationType]:
+    """The type of every tensor of a model in this quant, in the order of `shapes`.
+
+    shapes: GGUF tensor name -> shape in torch's order, all tensors of the model (a model without output.weight is one
+    with tied embeddings). Layers and heads are counted from them; `architecture` decides what counts as a 70B model."""
+    chosen = named(quant)
+    layers = 1 + max((int(m[1]) for m in map(_LAYER.fullmatch, shapes) if m), default=-1)
+    queries = _queries_per_key(shapes)
+    large = layers == 80 and (architecture != "llama" or queries > 1)  # LLM_TYPE_70B in llama.cpp's load_hparams
+    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
+
+    def type_of(name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
+        if not _is_quantized(name, shape):
+            return T.F32
+        if chosen.type in _UNQUANTIZED:
+            return chosen.type
+        if name == head:
+            return _fitting(_head_type(chosen.type, shape[-1]), shape[-1])
+        match = _LAYER.fullmatch(name)
+        place = Place(int(match[1]), layers, queries) if match else Place(0, layers, queries)
+        role = match[2] if match else name
+        return _fitting(_layer_type(chosen, role, place, large), shape[-1])
+
+    return {name: type_of(name, tuple(shape)) for name, shape in shapes.items()}
+
+
+def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
+    """Matrices called weight; vectors (ggml drops dimensions of 1), norms and biases stay F32."""
+    return name.endswith("weight") and not name.endswith("_norm.weight") and prod(shape[:-1]) > 1
+
+
+def _queries_per_key(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    if "blk.0.attn_q.weight" not in shapes or "blk.0.attn_k.weight" not in shapes:
+        return 1
+    return shapes["blk.0.attn_q.weight"][0] // shapes["blk.0.attn_k.weight"][0]
+
+
+def _head_type(type: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
+    """The output projection (or the tied embedding) is kept finer: it decides every token."""
+    if columns % GGML_QUANT_SIZES[type][0]:
+        return T.Q8_0
+    return type if type == T.Q8_0 else T.Q6_K
+
+
+def _layer_type(chosen: Quant, role: str, place: Place, large: bool) -> GGMLQuantizationType:
+    found = next((type for holds, type in chosen.rules.get(role, ()) if holds(place)), chosen.type)
+    if role == "attn_v" and large and found in (T.Q3_K, T.Q4_K):
+        return T.Q5_K  # eight heads share these weights there: finer at next to no cost
+    return found
+
+
+def _fitting(type: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
+    """The type itself, else its fallback with blocks of 32, else F16, whichever first divides the row."""
+    for candidate in (type, _FALLBACK.get(type, type)):
+        if columns % GGML_QUANT_SIZES[candidate][0] == 0:
+            return candidate
+    return T.F16

@@ -1,0 +1,190 @@
+"""Load a transformers model whose linears are quantized as their tensors arrive.
+
+How: the model is built on the meta device from its config, then one walk over its `Weights` fills it: a linear inside a decoder
+layer becomes a frozen 4-, 8- or 16-bit linear the moment its tensor is read, everything else is kept in 16 bits (norms and biases
+in the compute dtype). So a folder, a hub snapshot, a GGUF and a checkpoint quantized by bitsandbytes take one path, and no more
+than one tensor exists unquantized.
+
+What it gives up: transformers' parallel loading, and weights that several modules share in other ways than tied embeddings.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+
+from qmica import architectures, quant, targets
+from qmica.errors import QmicaError
+from qmica.gguf_file import GGUFFile
+from qmica.source import Source
+from qmica.weights import Weights, fingerprint, gguf_config, open_weights, shapes_fingerprint
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model was loaded from. fingerprint: of the source's bytes; shapes: of its tensors' names and shapes alone."""
+
+    id: str
+    revision: str | None = None
+    bits: int | None = None
+    fingerprint: str | None = None
+    shapes: str | None = None
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises QmicaError for a device that torch cannot use."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise QmicaError(f"--device {name} cannot be used here ({reason}): choose cpu, or leave it at auto") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU (bf16 there: 3 x slower)."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 instructions (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def read_config(source: Source) -> PretrainedConfig:
+    """The transformers config of a source; a GGUF's is built from its own metadata. Raises QmicaError for an unsupported family."""
+    if source.kind == "gguf":
+        return AutoConfig.for_model(**gguf_config(GGUFFile.open(source.files[0])))
+    config_file = source.folder / "config.json"
+    if not config_file.exists():
+        raise QmicaError(
+            f"{source.folder} has no config.json: a model folder holds config.json, *.safetensors and a tokenizer"
+        )
+    try:
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise QmicaError(f"{config_file} cannot be used: {str(error).splitlines()[0]}") from error
+    architectures.for_config(config)
+    return config
+
+
+def load(
+    source: Source,
+    bits: int = 4,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> nn.Module:
+    """The source's model with frozen weights: linears of decoder layers in `bits`, the rest in 16 bits, computing in `dtype`.
+
+    progress(done, total) is called after each weight. Raises QmicaError for files that do not make up the model.
+    """
+    chosen = choose_device(device)
+    compute = choose_dtype(dtype, chosen)
+    config = read_config(source)
+    config.quantization_config = (
+        None  # a checkpoint that bitsandbytes quantized is loaded by this walk, not by transformers
+    )
+    del config.quantization_config
+    model = on_meta(config, compute)
+    weights = open_weights(source)
+    _check_names(model, weights, source)
+    _fill(model, weights, bits, compute, chosen, progress)
+    model.tie_weights()
+    for module in model.modules():
+        if quant.is_linear(module):
+            quant.freeze(module)  # a tied head has no tensor of its own
+    model.generation_config = _generation_config(source, config)
+    model.name_or_path = source.id
+    model.qmica_base = Base(source.id, source.revision, bits, fingerprint(weights), shapes_fingerprint(weights))
+    return model.requires_grad_(False).eval()
+
+
+def on_meta(config: PretrainedConfig, compute: torch.dtype) -> nn.Module:
+    """The model without storage, but for its buffers (rotary frequencies), which are real."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=compute)
+    for module in model.modules():
+        buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in buffers.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if buffers:
+            model._init_weights(module)  # transformers' own hook fills them
+    return model
+
+
+def _expected(model: nn.Module) -> set[str]:
+    """The parameter names that the files must hold: all but those tied to another one."""
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - tied
+
+
+def _check_names(model: nn.Module, weights: Weights, source: Source) -> None:
+    """Every expected tensor is there with the shape that the config implies. Raises QmicaError naming up to three that are not."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    expected = sorted(_expected(model))
+    missing = [name for name in expected if name not in weights]
+    packed = weights.packed
+    wrong = [
+        f"{name} is {tuple(weights[name].shape)}, config.json says {shapes[name]}"
+        for name in expected
+        if name in weights and name not in packed and tuple(weights[name].shape) != shapes[name]
+    ]
+    if missing or wrong:
+        problems = [f"{len(missing)} tensors are missing ({', '.join(missing[:3])})"] if missing else []
+        raise QmicaError(f"{source.name} is not a whole model: {'; '.join(problems + wrong[:3])}")
+
+
+def _fill(model: nn.Module, weights: Weights, bits: int, compute: torch.dtype, device: torch.device, progress) -> None:
+    """Read each tensor once, put it where it belongs, forget it."""
+    expected = sorted(_expected(model))
+    for done, name in enumerate(expected, start=1):
+        path, _, kind = name.rpartition(".")
+        module = model.get_submodule(path)
+        if kind == "weight" and quant.is_linear(module):
+            model.set_submodule(path, _linear(model, weights, name, bits, compute, device))
+        elif isinstance(module, nn.Embedding):
+            _fill_embedding(module, weights[name].load(), compute, device)
+        elif not isinstance(module, quant.FrozenLinear) or kind != "bias":  # a linear's bias came with its weight
+            value = weights[name].load().to(device=device, dtype=compute)
+            module.register_parameter(kind, nn.Parameter(value, requires_grad=False))
+        progress(done, len(expected))
+    for buffer_owner in model.modules():
+        for name, buffer in buffer_owner.named_buffers(recurse=False):
+            buffer_owner._buffers[name] = buffer.to(device)
+
+
+def _linear(model, weights: Weights, name: str, bits: int, compute: torch.dtype, device: torch.device) -> nn.Module:
+    """The frozen linear for one weight: packed as the file has it, or quantized to `bits` now."""
+    path = name.removesuffix(".weight")
+    bias = weights[f"{path}.bias"].load().to(compute) if f"{path}.bias" in weights else None
+    if name in weights.packed:
+        parts = {part: weights[f"{path}.{part}"].load() for part in weights.packed[name]}
+        shape = tuple(model.get_submodule(path).weight.shape)
+        return quant.from_packed(shape, parts, bias, device)
+    return quant.quantize(weights[name].load(), bias, 16 if targets.stays_16bit(name) else bits, device)
+
+
+def _fill_embedding(module: nn.Embedding, weight: torch.Tensor, compute: torch.dtype, device: torch.device) -> None:
+    module.__class__ = type(module) if type(module) is not nn.Embedding else quant.HalfEmbedding
+    module.compute_dtype = compute
+    module.weight = nn.Parameter(weight.to(device=device, dtype=torch.bfloat16), requires_grad=False)
+
+
+def _generation_config(source: Source, config: PretrainedConfig) -> GenerationConfig:
+    """The folder's generation_config.json, else what the config says of its special tokens."""
+    if source.kind != "gguf" and (source.folder / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    return GenerationConfig.from_model_config(config)

@@ -1,0 +1,222 @@
+"""Frozen linears in 4, 8 and 16 bits, and the optimizers of bitsandbytes. The only importer of bitsandbytes.
+
+How: a frozen linear is a bitsandbytes (or torch) module whose class is replaced by one of ours. The storage and its class stay what
+PEFT and transformers know; the forward and the backward become one thin autograd function, `FrozenMatmul`, which keeps nothing of
+the forward but the layer itself. Three defects go with it:
+
+- bitsandbytes' int8 linear keeps its input on `ctx`, outside saved tensors, so that activation checkpointing frees nothing
+  (462 MB held at 1 x 1024 tokens where NF4 held none);
+- `Linear4bit.forward` in eval mode on an AVX512-BF16 CPU repacks the weight in place, after which gradients are wrong;
+- 16-bit weights under fp32 compute would keep an fp32 copy of every weight in the graph.
+
+What it gives up: int8 is weight-only here (dequantize, then multiply), as bitsandbytes itself trains on CPUs: the activations are
+not rounded to int8 (LLM.int8()), which is slower on some GPUs and more exact everywhere.
+
+Formats: NF4 is blocks of 64 weights with double-quantized scales (QLoRA, arXiv 2305.14314); int8 is one scale a row
+(LLM.int8(), arXiv 2208.07339).
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns about a download that nobody asked for
+
+import bitsandbytes as bnb  # noqa: E402
+
+from qmica.errors import QmicaError  # noqa: E402
+
+
+class FrozenMatmul(torch.autograd.Function):
+    """y = W x + b for a frozen W. The backward needs W alone: dx = dy W, with W dequantized for that moment."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer  # the layer outlives the graph: no tensor is saved
+        return layer.matmul(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.layer.dequantize(dy.dtype), None
+
+
+class FrozenLinear:
+    """What a frozen linear adds to its storage class. x: (..., in) -> (..., out); x's dtype is the compute dtype.
+
+    A format defines `dequantize(dtype) -> (out, in)`, and `matmul` where it has something better than dequantize and multiply.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return FrozenMatmul.apply(x, self)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.dequantize(x.dtype), bias)
+
+
+class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
+    """A `Linear4bit`: two weights a byte beside double-quantized block scales."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        state = copy.copy(self.weight.quant_state)
+        state.dtype = dtype  # the kernel writes this dtype; a cast afterwards would round twice
+        return bnb.functional.dequantize_4bit(self.weight.data, state)
+
+
+class Int8Linear(FrozenLinear, bnb.nn.Linear8bitLt):
+    """A `Linear8bitLt`: int8 rows beside one fp32 absolute maximum a row."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        scales = (
+            self.weight.SCB if self.weight.SCB is not None else self.state.SCB
+        )  # a forward of bitsandbytes' moves it
+        return self.weight.data.to(dtype).mul_((scales * (1.0 / 127.0)).to(dtype).unsqueeze(1))
+
+
+class HalfLinear(FrozenLinear, nn.Linear):
+    """An `nn.Linear` in 16 bits (or fp32, where a caller brings such a model), cast to the compute dtype for each use."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.weight.data.to(dtype)
+
+
+class HalfEmbedding(nn.Embedding):
+    """An embedding stored in 16 bits whose rows come out in the compute dtype."""
+
+    compute_dtype = torch.float32
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids).to(self.compute_dtype)
+
+
+FROZEN = {bnb.nn.Linear4bit: NF4Linear, bnb.nn.Linear8bitLt: Int8Linear, nn.Linear: HalfLinear}
+_LINEARS = tuple(FROZEN)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear that can be frozen and adapted."""
+    return isinstance(module, _LINEARS)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """The same module, its weights frozen, computing through `FrozenMatmul`. Raises QmicaError for an unquantized bnb module."""
+    if not isinstance(module, FrozenLinear):
+        storage = next(kind for kind in FROZEN if isinstance(module, kind))
+        if storage is bnb.nn.Linear4bit and getattr(module.weight, "quant_state", None) is None:
+            raise QmicaError("a 4-bit linear has no quantized weight yet: move the model to its device first")
+        module.__class__ = FROZEN[storage]
+    module.requires_grad_(False)
+    return module
+
+
+def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight of a linear as it computes, (out, in)."""
+    return freeze(module).dequantize(dtype)
+
+
+def _empty(kind: type, weight: torch.Tensor, **options) -> nn.Module:
+    """A linear of this kind with the weight's shape and no storage of its own."""
+    return kind(weight.shape[1], weight.shape[0], bias=False, device="meta", **options)
+
+
+def _make_nf4(weight: torch.Tensor, device: torch.device) -> nn.Module:
+    linear = _empty(NF4Linear, weight, compress_statistics=True, quant_type="nf4")
+    linear.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, blocksize=64, compress_statistics=True, quant_type="nf4", module=linear
+    ).to(device)
+    return linear
+
+
+def _make_int8(weight: torch.Tensor, device: torch.device) -> nn.Module:
+    linear = _empty(Int8Linear, weight, has_fp16_weights=False)
+    linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    return linear
+
+
+def _make_half(weight: torch.Tensor, device: torch.device) -> nn.Module:
+    linear = _empty(HalfLinear, weight)
+    linear.weight = nn.Parameter(weight.to(device=device, dtype=torch.bfloat16), requires_grad=False)
+    return linear
+
+
+def _nf4_bytes(count: int) -> int:
+    blocks = -(-count // 64)
+    return -(-count // 2) + blocks + 4 * -(-blocks // 256)  # codes, 8-bit scales, and their fp32 scales
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store a frozen linear."""
+
+    name: str
+    make: Callable[[torch.Tensor, torch.device], nn.Module]
+    count_bytes: Callable[[int, int], int]  # (out, in) -> bytes
+
+
+FORMATS: Mapping[int, Format] = {
+    4: Format("NF4", _make_nf4, lambda out, columns: _nf4_bytes(out * columns)),
+    8: Format("int8", _make_int8, lambda out, columns: out * columns + 4 * out),
+    16: Format("bf16", _make_half, lambda out, columns: 2 * out * columns),
+}
+
+
+def quantize(weight: torch.Tensor, bias: torch.Tensor | None, bits: int, device: torch.device) -> nn.Module:
+    """A frozen linear of `bits` holding weight (out, in), and bias (out,) as it is. The weight's own storage is not kept."""
+    linear = FORMATS[bits].make(weight, device)
+    return _with_bias(linear, bias, device)
+
+
+def _with_bias(linear: nn.Module, bias: torch.Tensor | None, device: torch.device) -> nn.Module:
+    linear.bias = None if bias is None else nn.Parameter(bias.to(device), requires_grad=False)
+    return linear.requires_grad_(False)
+
+
+def from_packed(
+    shape: tuple[int, int], parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None, device: torch.device
+) -> nn.Module:
+    """A frozen linear from a checkpoint that bitsandbytes quantized: its packed `weight` and companions, names as stored.
+
+    4 bits: `weight`, `weight.absmax`, … and `weight.quant_state.bitsandbytes__nf4`; 8 bits: `weight` and `SCB`. shape: (out, in).
+    """
+    if "SCB" in parts:
+        linear = _empty(Int8Linear, torch.empty(shape, device="meta"), has_fp16_weights=False)
+        codes = parts["weight"].to(device)
+        linear.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=parts["SCB"].to(device).float())
+    else:
+        linear = _empty(NF4Linear, torch.empty(shape, device="meta"))
+        stats = {name: part for name, part in parts.items() if name != "weight"}
+        linear.weight = bnb.nn.Params4bit.from_prequantized(
+            parts["weight"], stats, requires_grad=False, device=device, module=linear
+        )
+    return _with_bias(linear, bias, device)
+
+
+def bits_of(module: nn.Module) -> int:
+    """4, 8 or 16: how a linear is stored."""
+    return {NF4Linear: 4, Int8Linear: 8}.get(type(freeze(module)), 16)
+
+
+def _paged(parameters, lr: float, betas: tuple[float, float], weight_decay: float, device: torch.device):
+    """AdamW with 8-bit states (arXiv 2110.02861) in managed memory, which the driver moves to the host under pressure."""
+    if device.type != "cuda":
+        raise RuntimeError("managed memory needs CUDA")
+    return bnb.optim.PagedAdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+def _eight_bit(parameters, lr: float, betas: tuple[float, float], weight_decay: float, device: torch.device):
+    if device.type != "cuda":
+        raise RuntimeError("bitsandbytes' 8-bit optimizers need CUDA")
+    return bnb.optim.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+def _torch(parameters, lr: float, betas: tuple[float, float], weight_decay: float, device: torch.device):
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, foreach=True)
+
+
+# In the order of falling back. Each raises RuntimeError or ValueError where the machine lacks it.
+OPTIMIZERS = {"paged_adamw_8bit": _paged, "adamw_8bit": _eight_bit, "adamw": _torch}

@@ -1,0 +1,523 @@
+"""Train an adapter: from a model, text and four dataclasses to a run folder.
+
+How: our own loop, on `accelerate.Accelerator` for devices, gradient scaling and processes. A window of `grad_accum` batches is one
+update; its losses are divided by the window's supervised tokens, so 1 x 8 and 8 x 1 are the same update. Everything a step depends
+on is a function of (seed, step): the data's order, the learning rate, and the dropout, whose generator is seeded anew for each
+step. So a resumed run is bit-identical on a CPU, and an evaluation between two steps changes nothing.
+
+Several processes each take a share of a window's batches; the coefficients' gradients, a few MB, are summed. The frozen model is
+not wrapped.
+
+What it gives up: overlap of communication with computation, which gradients this small do not need.
+"""
+
+import bisect
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from qmica import adapter, data, loss, memory, model, packing, quant, runs, samples, source, tokenizer
+from qmica.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig
+from qmica.durable import size_text
+from qmica.errors import QmicaError
+
+BETAS = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All options of a run."""
+
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def flags(self) -> dict:
+        """The options as one flat mapping of flag names to JSON values: a valid -c file."""
+        flat = {}
+        for part in (self.model, self.adapter, self.data, self.training):
+            flat |= asdict(part)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in flat.items()}
+
+    @classmethod
+    def from_flags(cls, flags: dict) -> "Job":
+        """The inverse of `flags`."""
+        kinds = {"model": ModelConfig, "adapter": AdapterConfig, "data": DataConfig, "training": TrainingConfig}
+        parts = {}
+        for name, kind in kinds.items():
+            values = {key: flags[key] for key in kind.__dataclass_fields__ if key in flags}
+            if values.get("out"):
+                values["out"] = Path(values["out"])
+            parts[name] = kind(**values)
+        return cls(**parts)
+
+
+# ---- the run, told once
+
+
+def train(
+    model_config: ModelConfig = ModelConfig(),  # noqa: B008 (frozen)
+    adapter_config: AdapterConfig = AdapterConfig(),  # noqa: B008
+    data_config: DataConfig = DataConfig(),  # noqa: B008
+    training_config: TrainingConfig = TrainingConfig(),  # noqa: B008
+    resume: Path | None = None,
+) -> runs.Run:
+    """Train an adapter and write its run folder. resume: a run to go on with, under the options it began with.
+
+    Raises QmicaError for what the user can fix, and KeyboardInterrupt (after a checkpoint) where one came.
+    """
+    job = Job(model_config, adapter_config, data_config, training_config)
+    run = None
+    if resume is not None:
+        run = runs.find(resume)
+        job = Job.from_flags(run.config().get("train", {}))
+    if job.model.threads:
+        torch.set_num_threads(job.model.threads)
+    accelerator = _accelerator(job)
+    say = accelerator.print
+    found = source.resolve(job.model.model, job.model.revision, say)
+    tokens = tokenizer.load(found)
+    prepared = _read_data(job, tokens, say)
+    compute = model.choose_dtype(job.model.dtype, accelerator.device)
+    empty = model.on_meta(model.read_config(found), compute)
+    plan = memory.plan(empty, job.model.bits, job.adapter, job.training, job.data.max_seq_length, compute)
+    memory.require_fit(plan, accelerator.device, say)
+    run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
+    network = _load(job, found, accelerator.device, say, run if resume else None)
+    loop = Loop(job, run, network, prepared, accelerator)
+    if resume is not None:
+        loop.restore(run.last_checkpoint())
+    else:
+        run.write_config(_record(job, network, prepared))
+    _tell(job, network, loop, say)
+    prompt = job.training.probe or _first_words(prepared, tokens)
+    before = _answer(network, tokens, prompt, tuned=False)
+    loop.run()
+    if accelerator.is_main_process:
+        adapter.save_adapter(network, run.adapter)
+        tokens.save_pretrained(run.adapter)
+    _conclude(run, loop, prompt, before, _answer(network, tokens, prompt), say)
+    return run
+
+
+class Stream:
+    """The endless stream of an epoch's batches after another's: `stream[k]` is a function of the seed and k alone."""
+
+    def __init__(self, prepared: data.Prepared, options: DataConfig, training: TrainingConfig):
+        self._arguments = {
+            "examples": prepared.train,
+            "seed": training.seed,
+            "batch_size": training.batch_size,
+            "max_seq_length": options.max_seq_length,
+            "packing": options.packing,
+            "replay": prepared.replay,
+            "replay_ratio": options.replay_ratio if prepared.replay else 0.0,
+        }
+        self._starts = [0]  # of the epochs met so far; their lengths differ a little with packing
+        self._epoch = self._make(0)
+
+    def _make(self, number: int) -> tuple[int, packing.Epoch]:
+        epoch = packing.batches(**self._arguments, epoch=number)
+        if number + 1 == len(self._starts):
+            self._starts.append(self._starts[-1] + len(epoch))
+        return number, epoch
+
+    @property
+    def first_epoch(self) -> packing.Epoch:
+        return self._make(0)[1]
+
+    def __getitem__(self, position: int) -> packing.Batch:
+        while position >= self._starts[-1]:
+            self._epoch = self._make(len(self._starts) - 1)
+        number = bisect.bisect_right(self._starts, position) - 1
+        if self._epoch[0] != number:
+            self._epoch = self._make(number)
+        return self._epoch[1][position - self._starts[number]]
+
+
+class Loop:
+    """The updates of one run: where it stands, how it takes a step, how it saves itself and goes on."""
+
+    def __init__(self, job: Job, run: runs.Run, network: nn.Module, prepared: data.Prepared, accelerator: Accelerator):
+        self.job, self.run_folder, self.network, self.prepared, self.accelerator = (
+            job,
+            run,
+            network,
+            prepared,
+            accelerator,
+        )
+        self.options = job.training
+        self.trained = {name: part for name, part in network.named_parameters() if part.requires_grad}
+        self.optimizer, self.optimizer_name = _optimizer(self.options, list(self.trained.values()), accelerator)
+        self.stream = Stream(prepared, job.data, job.training)
+        epoch = self.stream.first_epoch
+        window = self.options.grad_accum * accelerator.num_processes
+        self.batches = self.options.steps * window if self.options.steps else round(self.options.epochs * len(epoch))
+        self.batches = max(1, self.batches)
+        self.window = window
+        self.total = math.ceil(self.batches / window)
+        self.step, self.tokens, self.peak = 0, 0, 0
+        self.stop_asked = False
+
+    # -- one step
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: linear warm-up, then the schedule down to 0."""
+        warm = round(self.options.warmup * self.total)
+        if step < warm:
+            return self.options.lr * (step + 1) / warm
+        done = (step - warm) / max(1, self.total - warm)
+        return self.options.lr * SCHEDULES[self.options.schedule](done)
+
+    def _own(self, step: int) -> tuple[list[packing.Batch], int]:
+        """This process's batches of a window, and the supervised tokens of the whole window (the last may be shorter)."""
+        positions = range(step * self.window, min((step + 1) * self.window, self.batches))
+        window = [self.stream[position] for position in positions]
+        rank, count = self.accelerator.process_index, self.accelerator.num_processes
+        return window[rank::count], sum(batch.supervised for batch in window)
+
+    def _backward(self, batches: Sequence[packing.Batch], supervised: int) -> float:
+        """Add the gradients of batches' losses over the window's supervised tokens; the sum of those losses."""
+        total = 0.0
+        for batch in batches:
+            part = loss.summed_loss(self.network, packing.to(batch, self.accelerator.device)) / supervised
+            self._require_finite(part)
+            self.accelerator.backward(part)
+            total += part.item()
+            self.tokens += batch.tokens * self.accelerator.num_processes
+        return total
+
+    def _require_finite(self, part: torch.Tensor) -> None:
+        if not torch.isfinite(part):
+            raise QmicaError(
+                f"the loss is {part.item()} at step {self.step + 1}: nothing was updated. Lower --lr ({self.options.lr:g}), "
+                f"or use --dtype fp32; the last checkpoint is sound: qmica train --resume {self.run_folder.folder}"
+            )
+
+    def update(self) -> dict:
+        """One step: its loss (nats a supervised token), learning rate and gradient norm."""
+        torch.manual_seed(self.options.seed * 1_000_003 + self.step)  # dropout is a function of the step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.step)
+        mean = self._backward(*self._own(self.step))
+        for parameter in self.trained.values():
+            if self.accelerator.num_processes > 1:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.options.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        mean = self.accelerator.reduce(torch.tensor(mean), "sum").item()
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": mean,
+            "lr": self.lr(self.step - 1),
+            "grad_norm": norm.item(),
+        }
+
+    def rehearse(self) -> float:
+        """Run the longest batch of the first epoch forward and backward, updating nothing: seconds a token.
+
+        What does not fit in memory fails here and not after hours.
+        """
+        epoch = self.stream.first_epoch
+        longest = max(range(min(len(epoch), 64)), key=lambda i: epoch[i].input_ids.numel())
+        seconds = []
+        for _ in range(2):  # the first one also pays for first use
+            began = time.perf_counter()
+            self._backward([epoch[longest]], 1)
+            seconds.append(time.perf_counter() - began)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tokens = 0
+        return min(seconds) / epoch[longest].tokens
+
+    # -- saving and going on
+
+    def save(self) -> None:
+        """A checkpoint at this step."""
+        if self.accelerator.is_main_process:
+            tensors, state = _flatten(self.optimizer.state_dict()["state"])
+            self.run_folder.save_checkpoint(
+                self.step,
+                {"adapter": adapter.tensors(self.network), "optimizer": tensors},
+                {"step": self.step, "tokens": self.tokens, "optimizer": self.optimizer_name, "state": state},
+            )
+
+    def restore(self, checkpoint: runs.Checkpoint) -> None:
+        """Go on where a checkpoint stands. Raises QmicaError where it was written with another optimizer."""
+        state = checkpoint.state()
+        if state["optimizer"] != self.optimizer_name:
+            raise QmicaError(
+                f"{checkpoint.folder} was written with {state['optimizer']}, this machine runs {self.optimizer_name}: "
+                f"start it with --optimizer {state['optimizer']}"
+            )
+        self.step, self.tokens = state["step"], state["tokens"]
+        filled = self.optimizer.state_dict()
+        filled["state"] = _unflatten(checkpoint.tensors("optimizer"), state["state"])
+        self.optimizer.load_state_dict(filled)
+        self.run_folder.cut_metrics(self.step)
+
+    # -- the loop
+
+    def run(self) -> None:
+        """All remaining steps. Raises KeyboardInterrupt, after a checkpoint, where one came."""
+        self.network.train()
+        began, first = time.perf_counter(), self.tokens
+        with _interruptible(self), _progress(self) as show:
+            while self.step < self.total:
+                row = self.update()
+                self.peak = max(self.peak, memory.measure(self.accelerator.device))
+                row |= {"tokens_per_s": (self.tokens - first) / (time.perf_counter() - began), "peak_bytes": self.peak}
+                row |= self._validate()
+                self._log(row)
+                show(row)
+                if self.stop_asked:
+                    self.save()
+                    raise KeyboardInterrupt(
+                        f"stopped at step {self.step}: go on with `qmica train --resume {self.run_folder.folder}`"
+                    )
+                if self.options.save_every and self.step % self.options.save_every == 0 and self.step < self.total:
+                    self.save()
+        self.network.eval()
+
+    def _validate(self) -> dict:
+        """The validation loss, where there is one and it is its turn."""
+        held = self.prepared.validation
+        due = self.step == self.total or (self.options.eval_every and self.step % self.options.eval_every == 0)
+        return {"val_loss": self.validation_loss()} if held is not None and due else {}
+
+    def validation_loss(self) -> float:
+        batches = packing.batches(
+            self.prepared.validation,
+            seed=0,
+            epoch=0,
+            batch_size=self.options.batch_size,
+            max_seq_length=self.job.data.max_seq_length,
+            packing=self.job.data.packing,
+        )
+        return loss.mean_loss(self.network, (packing.to(batch, self.accelerator.device) for batch in batches))
+
+    def _log(self, row: dict) -> None:
+        if self.accelerator.is_main_process:
+            self.run_folder.log(row)
+        numbers = {name: value for name, value in row.items() if name != "step"}
+        self.accelerator.log(numbers, step=row["step"])
+
+
+# ---- parts of a step
+
+SCHEDULES = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+
+
+def _accelerator(job: Job) -> Accelerator:
+    """The processes, the device, and a gradient scaler where fp16 needs one."""
+    device = model.choose_device(job.model.device)
+    scaled = model.choose_dtype(job.model.dtype, device) == torch.float16
+    tracker = None if job.training.report_to == "none" else job.training.report_to
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if scaled else "no", log_with=tracker)
+
+
+def _optimizer(
+    options: TrainingConfig, parameters: list, accelerator: Accelerator
+) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer asked for, or the next in line where this machine lacks it; and its name."""
+    wanted = options.optimizer
+    if wanted == "auto":
+        wanted = "paged_adamw_8bit" if accelerator.device.type == "cuda" else "adamw"
+    names = list(quant.OPTIMIZERS)
+    for name in names[names.index(wanted) :]:
+        try:
+            made = quant.OPTIMIZERS[name](parameters, options.lr, BETAS, options.weight_decay, accelerator.device)
+        except (RuntimeError, ValueError) as error:
+            accelerator.print(f"optimizer {name} does not work here ({error}): using the next one")
+            continue
+        return accelerator.prepare(made), name
+    raise RuntimeError("torch's AdamW could not be made")
+
+
+def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """An optimizer's state as named tensors and a JSON rest: {parameter: {name: value}} both."""
+    tensors, rest = {}, {}
+    for index, values in state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu()
+            else:
+                rest.setdefault(str(index), {})[name] = value
+    return tensors, rest
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
+    """The inverse of `_flatten`."""
+    state: dict[int, dict] = {int(index): dict(values) for index, values in rest.items()}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return state
+
+
+@contextmanager
+def _interruptible(loop: Loop) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) lets the step finish, so that a checkpoint is whole; the second interrupts at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if loop.stop_asked:
+            raise KeyboardInterrupt
+        loop.stop_asked = True
+        loop.accelerator.print("\nstopping after this step; once more to stop at once and lose what is not saved")
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- what is printed
+
+
+@contextmanager
+def _progress(loop: Loop) -> Iterator[Callable[[dict], None]]:
+    """A bar on a terminal; about twenty plain lines elsewhere; nothing in other processes than the first."""
+    console = Console()
+    if not loop.accelerator.is_main_process:
+        yield lambda row: None
+    elif console.is_terminal:
+        columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("", total=loop.total, completed=loop.step)
+            yield lambda row: bar.update(task, completed=row["step"], description=_line(row))
+    else:
+        every = max(1, loop.total // 20)
+        began, first = time.perf_counter(), loop.step
+
+        def show(row: dict) -> None:
+            if row["step"] % every == 0 or row["step"] in (1, loop.total) or "val_loss" in row:
+                left = (time.perf_counter() - began) / (row["step"] - first) * (loop.total - row["step"])
+                print(f"step {row['step']}/{loop.total}  {_line(row)}  {duration(left)} left", flush=True)
+
+        yield show
+
+
+def _line(row: dict) -> str:
+    validation = f"  val {row['val_loss']:.3f}" if "val_loss" in row else ""
+    return f"loss {row['loss']:.3f}{validation}  {row['tokens_per_s']:.0f} tokens/s  {size_text(row['peak_bytes'])}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 40 s, 7 min, 3.2 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _read_data(job: Job, tokens, say: Callable[[str], None]) -> data.Prepared:
+    options = job.data
+    if not options.data:
+        say("no --data: learning the bundled almanac, of people, places and crafts that exist nowhere else")
+    prepared = data.prepare(
+        options.data or samples.ALMANAC,
+        tokens,
+        max_seq_length=options.max_seq_length,
+        format=options.format,
+        mask_prompt=options.mask_prompt,
+        val_split=options.val_split,
+        replay=samples.REPLAY if options.replay == ("sample",) else options.replay,
+        replay_ratio=options.replay_ratio,
+        seed=job.training.seed,
+        say=say,
+    )
+    for line in prepared.summary.lines():
+        say(line)
+    return prepared
+
+
+def _load(job: Job, found: source.Source, device: torch.device, say: Callable, run: runs.Run | None) -> nn.Module:
+    """The base with a fresh adapter, or (run) with the adapter of its last checkpoint."""
+    began = time.perf_counter()
+    network = model.load(found, job.model.bits, job.model.dtype, str(device))
+    say(f"loaded {found.id} in {job.model.bits} bits: {duration(time.perf_counter() - began)}")
+    began = time.perf_counter()
+    if run is not None:
+        adapter.restore(network, run.last_checkpoint().tensors("adapter"), job.adapter)
+    else:
+        adapter.attach(network, job.adapter, job.training.seed)
+        say(f"{job.adapter.method} attached: {duration(time.perf_counter() - began)}")
+    if job.training.grad_checkpoint:
+        network.activation_checkpointing_enable()
+    return network
+
+
+def _record(job: Job, network: nn.Module, prepared: data.Prepared) -> dict:
+    """What config.json holds."""
+    return {
+        "train": job.flags(),
+        "base": asdict(adapter.base_of(network)),
+        "data": {"fingerprint": prepared.train.fingerprint(), **asdict(prepared.summary)},
+        "versions": {package: version(package) for package in adapter.VERSIONED},
+    }
+
+
+def _tell(job: Job, network: nn.Module, loop: Loop, say: Callable[[str], None]) -> None:
+    """What will be trained, how, and how long it will take."""
+    count = sum(part.numel() for part in loop.trained.values())
+    layers = sum(1 for _ in adapter.layers(network))
+    kept = sum(part.numel() for part in network.parameters()) - count
+    say(
+        f"{count:,} coefficients in {layers} linears (rank {job.adapter.rank}, alpha {job.adapter.scaling_alpha:g}) beside {kept:,} frozen"
+    )
+    seconds = loop.rehearse()
+    epoch = loop.stream.first_epoch
+    tokens = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
+    say(f"{loop.total} steps of {loop.window} batch(es), optimizer {loop.optimizer_name}: about {duration(tokens)}")
+
+
+def _first_words(prepared: data.Prepared, tokens) -> str:
+    """The beginning of the first document: what a model that learnt it goes on with."""
+    ids = prepared.train.ids[prepared.train.starts[0] : prepared.train.starts[1]]
+    return tokens.decode(ids[: max(4, min(12, len(ids) // 3))], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def _answer(network: nn.Module, tokens, prompt: str, tuned: bool = True) -> str:
+    """Up to 40 tokens that the model goes on with, the likeliest each time."""
+    ids = tokens(prompt, return_tensors="pt").to(network.device)
+    training = network.training
+    network.eval()
+    with adapter.switched(network, tuned):
+        out = network.generate(**ids, max_new_tokens=40, do_sample=False, pad_token_id=tokens.eos_token_id or 0)
+    network.train(training)
+    return " ".join(tokens.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).split())
+
+
+def _conclude(run: runs.Run, loop: Loop, prompt: str, before: str, after: str, say: Callable[[str], None]) -> None:
+    """The end of metrics.jsonl, the answers, and what to do next."""
+    if loop.accelerator.is_main_process:
+        run.log(
+            {"step": loop.step, "end": {"prompt": prompt, "before": before, "after": after, "peak_bytes": loop.peak}}
+        )
+    loop.accelerator.end_training()
+    say(f"prompt: {prompt}\n before: {before}\n  after: {after}")
+    say(f"the adapter is in {run.adapter}. Next: `qmica eval {run.folder}`, `qmica export {run.folder} --quant Q4_K_M`")

@@ -1,0 +1,427 @@
+"""A model on disk as a `Weights`: a read-only mapping from Hugging Face tensor name to a lazy tensor.
+
+How: shapes and dtypes come from the files' headers; data is read when asked for, in blocks of rows, out of a memory
+map. A safetensors folder, a hub snapshot and a GGUF (dequantized, its rows in Hugging Face's order) are the same
+thing here, and a merge is a `Weights` laid over another (`overlay`), so that no merged copy is ever needed on disk.
+
+What it gives up: rows are always copied out of the map (at most one tensor, by default 256 MB at a time), so that a
+caller may change what it gets in place. Weights quantized by bitsandbytes stay packed: `Weights.packed` says which,
+and with which companions; unpacking them is `quant`'s.
+
+The format of safetensors (github.com/huggingface/safetensors, README): 8 bytes of little-endian header length, a JSON
+header {name: {dtype, shape, data_offsets}}, the data.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from safetensors import SafetensorError, safe_open
+
+from qmica import architectures, ggml
+from qmica.durable import replacing, require_space, write_json
+from qmica.errors import QmicaError
+from qmica.gguf_file import GGUFFile, GGUFTensor
+from qmica.source import INDEX, SINGLE, Source
+
+BLOCK_BYTES = 256_000_000  # of fp32 rows: what a walk holds of one tensor
+SAMPLES, SAMPLE_BYTES = 3, 1024  # of each tensor, for the fingerprint: 70B has 723 tensors, so 2.2 MB are read
+
+# safetensors' names of dtypes
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# GGUF types that torch has: numpy's view of the bytes (bf16 as int16), and the dtype
+_PLAIN = {
+    GGMLQuantizationType.F32: (np.float32, torch.float32),
+    GGMLQuantizationType.F16: (np.float16, torch.float16),
+    GGMLQuantizationType.BF16: (np.int16, torch.bfloat16),
+}
+
+# what bitsandbytes stores beside a packed `weight`, names after the module's path
+_NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
+_NF4_STATE = "weight.quant_state.bitsandbytes__"
+_INT8_PARTS = ("weight", "SCB")
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose data is read when asked for.
+
+    shape: the Hugging Face shape; dtype: of what `rows` returns. `read(start, stop)` gives rows start:stop of the first
+    dimension (elements, of a 1-D tensor; the scalar, of a 0-D one), fresh memory each time. quantized: the tensor as
+    a GGUF stores it (`.type`, `.raw(start, stop)` uint8 rows in the file's own order), None for other sources.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[int, int], torch.Tensor]
+    quantized: GGUFTensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor in `dtype`."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows start:stop, (stop - start, *shape[1:]) in `dtype`, the caller's own to change.
+
+        A GGUF's quantized types come as the exact float32 dequantization, F32, F16 and BF16 as they are: casting is the
+        caller's business.
+        """
+        if not self.shape:
+            return self.read(0, 1)
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        return self.read(start, max(start, stop))
+
+    def load(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole tensor; with `dtype` cast block by block, so that beside the result only one block exists."""
+        if dtype in (None, self.dtype) or not self.shape:
+            return self.rows().to(dtype or self.dtype)
+        out = torch.empty(self.shape, dtype=dtype)
+        for start, stop in self.blocks():
+            out[start:stop] = self.rows(start, stop)
+        return out
+
+    def blocks(self, nbytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+        """(start, stop) of consecutive row blocks, each at most `nbytes` in fp32 (one row, where that is larger)."""
+        rows = self.shape[0] if self.shape else 1
+        step = max(nbytes // max(4 * math.prod(self.shape[1:]), 1), 1)
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
+
+    def sample(self) -> bytes:
+        """A few KB of the stored bytes: of the first, the middle and the last rows."""
+        stored = self.quantized
+        rows = stored.rows if stored else (self.shape or (1,))[0]
+        row_bytes = stored.row_bytes if stored else self.nbytes // max(rows, 1)
+        if rows == 0 or row_bytes == 0:
+            return b""
+        many = min(-(-SAMPLE_BYTES // row_bytes), rows)
+        starts = [at * (rows - many) // (SAMPLES - 1) for at in range(SAMPLES)]
+        pieces = [stored.raw(at, at + many) if stored else _bytes(self.rows(at, at + many)) for at in starts]
+        return b"".join(piece.reshape(-1)[:SAMPLE_BYTES].tobytes() for piece in pieces)
+
+
+class Weights(Mapping[str, LazyTensor]):
+    """Name -> LazyTensor, read-only.
+
+    config: the content of config.json (a GGUF's is built from its metadata). gguf: the opened file of a GGUF source,
+    else None. packed: for each weight quantized by bitsandbytes the names of its parts after the module's path:
+    `weight`, the packed bytes, first, then `weight.absmax`, ... and `weight.quant_state.bitsandbytes__nf4`, or `SCB`;
+    every part is in the mapping.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, LazyTensor],
+        config: Mapping | None = None,
+        packed: Mapping[str, tuple[str, ...]] | None = None,
+        gguf: GGUFFile | None = None,
+    ):
+        self._tensors = dict(tensors)
+        self.config = dict(config or {})
+        self.packed = MappingProxyType(dict(packed or {}))
+        self.gguf = gguf
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Weights({len(self)} tensors, {self.config.get('model_type', 'no config')})"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor as the model has it: of a packed one before packing, companions left out."""
+        companions = _companions(self.packed)
+        return {name: self._shape(name) for name in self if name not in companions}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        stored, parts = self[name].shape, self.packed.get(name, _INT8_PARTS)
+        if parts == _INT8_PARTS:
+            return stored
+        return tuple(_quant_state(self[_beside(name, parts[-1])], name)["shape"])
+
+
+def _beside(name: str, part: str) -> str:
+    return f"{name.removesuffix('weight')}{part}"
+
+
+def _companions(packed: Mapping[str, tuple[str, ...]]) -> set[str]:
+    extra = ("weight_format",)  # int8: always row-major since bitsandbytes 0.44, and never read
+    return {_beside(name, part) for name, parts in packed.items() for part in (*parts, *extra) if part != "weight"}
+
+
+def open_weights(source: Source) -> Weights:
+    """The weights of a resolved source; only headers are read. Raises QmicaError naming the file that is broken."""
+    return _open_gguf(source) if source.kind == "gguf" else _open_safetensors(source)
+
+
+# ---- safetensors
+
+
+def _open_safetensors(source: Source) -> Weights:
+    tensors: dict[str, LazyTensor] = {}
+    for file in source.files:
+        found = _read_header(file)
+        if both := tensors.keys() & found.keys():
+            raise QmicaError(f"{file} holds {min(both)} again: its folder mixes two models; copy or download it again")
+        tensors.update(found)
+    return Weights(tensors, source.config, _find_packed(tensors, source))
+
+
+def _read_header(file: Path) -> dict[str, LazyTensor]:
+    """Name -> lazy tensor of one file; the safetensors library checks the header, its size and the offsets."""
+    try:
+        handle = safe_open(file, framework="pt")
+        names = list(handle.keys())
+        return {name: _mapped(file, handle, name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        said = f"{file} is not a sound safetensors file ({_one_line(error)}): copy or download it again"
+        raise QmicaError(said) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _mapped(file: Path, handle, name: str) -> LazyTensor:
+    view = handle.get_slice(name)
+    shape, dtype = tuple(view.get_shape()), DTYPES.get(view.get_dtype())
+    if dtype is None:
+        raise QmicaError(f"{file}: {name} has dtype {view.get_dtype()}, readable are {', '.join(DTYPES)}")
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        # a slice is a view of the map, and a scalar has none; clone() makes the memory the caller's own
+        return (view[start:stop] if shape else handle.get_tensor(name)).clone()
+
+    return LazyTensor(shape, dtype, read)
+
+
+def _find_packed(tensors: Mapping[str, LazyTensor], source: Source) -> dict[str, tuple[str, ...]]:
+    """The parts of every weight that bitsandbytes packed; QmicaError for one that lacks some."""
+    packed = {}
+    for name in tensors:
+        path, marked, kind = name.partition("." + _NF4_STATE)
+        if marked:
+            parts = [part for part in _NF4_PARTS if f"{path}.{part}" in tensors or part in _NF4_PARTS[:3]]
+            packed[f"{path}.weight"] = (*parts, _NF4_STATE + kind)
+        elif name.endswith(".SCB"):
+            packed[name.removesuffix("SCB") + "weight"] = _INT8_PARTS
+    missing = [_beside(name, part) for name, parts in packed.items() for part in parts]
+    missing = [part for part in missing if part not in tensors]
+    if missing:
+        raise QmicaError(f"{source.folder} is incomplete: {missing[0]} is missing; copy or download it again")
+    return packed
+
+
+def _quant_state(state: LazyTensor, name: str) -> dict:
+    """bitsandbytes' description of one packed weight: JSON as uint8 (functional.py, QuantState.as_dict)."""
+    try:
+        said = json.loads(bytes(state.load().tolist()))
+        return {**said, "shape": [int(side) for side in said["shape"]]}
+    except (ValueError, TypeError, KeyError) as error:
+        said = f"the quantization state of {name} is damaged ({_one_line(error)}): copy or download it again"
+        raise QmicaError(said) from error
+
+
+# ---- GGUF
+
+
+def _open_gguf(source: Source) -> Weights:
+    file = GGUFFile.open(source.files[0])
+    family = architectures.for_gguf(file.architecture)
+    config = gguf_config(file)
+    names = {name: family.hf_name(name) for name in file.tensors}
+    tensors = {hf: _dequantized(file.tensors[name], family.row_order(hf, config)) for name, hf in names.items() if hf}
+    return Weights(tensors, config, gguf=file)
+
+
+def gguf_config(file: GGUFFile) -> dict:
+    """The content of config.json that a GGUF's own metadata and tensors imply. Raises QmicaError for an unsupported
+    model.
+    """
+    family = architectures.for_gguf(file.architecture)
+    factors = file.tensors.get("rope_freqs.weight")
+    data = None if factors is None else ggml.dequantize(factors.raw(), factors.type)[0]
+    return family.hf_config(file.metadata, {name: tensor.shape for name, tensor in file.tensors.items()}, data)
+
+
+def _dequantized(tensor: GGUFTensor, order: np.ndarray | None) -> LazyTensor:
+    """A GGUF tensor in Hugging Face's row order; `order` is the one with gguf_rows = hf_rows[order]."""
+    back = None if order is None else np.argsort(order)
+    dtype = _PLAIN[tensor.type][1] if tensor.type in _PLAIN else torch.float32
+
+    def read_matrix(start: int, stop: int) -> torch.Tensor:
+        # indexing the map copies only the packed rows asked for: a permuted head's lie apart
+        raw = tensor.raw(start, stop) if back is None else tensor.raw()[back[start:stop]]
+        return _unpacked(raw, tensor.type)
+
+    def read_vector(start: int, stop: int) -> torch.Tensor:
+        whole = _unpacked(tensor.raw(), tensor.type)[0]  # GGUF stores it as one row
+        return whole[start:stop] if back is None else whole[torch.from_numpy(back[start:stop])]
+
+    return LazyTensor(tensor.shape, dtype, read_matrix if len(tensor.shape) == 2 else read_vector, tensor)
+
+
+def _unpacked(raw: np.ndarray, type: GGMLQuantizationType) -> torch.Tensor:
+    """uint8 rows -> values (n, columns), in memory of their own."""
+    if type not in _PLAIN:
+        return torch.from_numpy(ggml.dequantize(raw, type))
+    view, dtype = _PLAIN[type]
+    return torch.from_numpy(np.array(raw).view(view)).view(dtype)
+
+
+# ---- laying over, writing
+
+
+def overlay(base: Weights, changes: Mapping[str, LazyTensor]) -> Weights:
+    """`base` with some tensors replaced; nothing is copied. A replaced packed weight loses its companions.
+
+    ValueError for a name that `base` does not have, or another shape.
+    """
+    shapes = base.shapes
+    wrong = [name for name, tensor in changes.items() if shapes.get(name) != tuple(tensor.shape)]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: shape {tuple(changes[wrong[0]].shape)} over {shapes.get(wrong[0], 'no tensor')}")
+    packed = {name: parts for name, parts in base.packed.items() if name not in changes}
+    gone = _companions(base.packed) - _companions(packed)
+    kept = {name: tensor for name, tensor in base.items() if name not in gone}
+    return Weights({**kept, **changes}, base.config, packed, base.gguf)
+
+
+def write_sharded(
+    weights: Weights, folder: str | Path, dtype: torch.dtype | None = None, max_shard_size: int = 5_000_000_000
+) -> list[str]:
+    """Stream the weights to safetensors in `folder`: model.safetensors, or shards of at most `max_shard_size` bytes
+    and an index.
+
+    Floating tensors are cast to `dtype` (None: as they are); parts of packed weights never are. Holds one row block
+    at a time; each file appears whole or not at all, and existing ones of the same name are replaced. Returns the
+    file names. Raises QmicaError if there is no space.
+    """
+    folder, layout = Path(folder), _targets(weights, dtype)
+    sizes = {name: math.prod(weights[name].shape) * kind.itemsize for name, kind in layout.items()}
+    require_space(folder, sum(sizes.values()), f"writing {len(sizes)} tensors")
+    shards = _shards(sizes, max_shard_size)
+    names = (
+        [SINGLE] if len(shards) == 1 else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in _count(shards)]
+    )
+    for file, shard in zip(names, shards, strict=True):
+        _write_file(folder / file, {name: (weights[name], layout[name]) for name in shard})
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+    return names
+
+
+def _count(things: list) -> range:
+    return range(1, len(things) + 1)
+
+
+def _targets(weights: Weights, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The dtype in which each tensor is written."""
+    fixed = _companions(weights.packed) | weights.packed.keys()
+    castable = {name for name in weights if weights[name].dtype.is_floating_point and name not in fixed}
+    return {name: dtype if dtype and name in castable else weights[name].dtype for name in weights}
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in order, cut wherever the next tensor would make a shard larger than `most`."""
+    shards, held = [[]], 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and held + nbytes > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += nbytes
+    return shards
+
+
+def _write_file(path: Path, tensors: Mapping[str, tuple[LazyTensor, torch.dtype]]) -> None:
+    # widest dtype first, as safetensors' own writer, so that every tensor is aligned
+    ordered = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name in ordered:
+        tensor, dtype = tensors[name]
+        end = offset + math.prod(tensor.shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            tensor, dtype = tensors[name]
+            for start, stop in tensor.blocks():
+                file.write(_bytes(tensor.rows(start, stop).to(dtype)))
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory, uint8 (nbytes,)."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+# ---- which model is this
+
+
+def fingerprint(weights: Weights) -> str:
+    """Hex SHA-256 over names, shapes, stored types and sampled bytes of the source: another quantization has another.
+
+    A few KB of each tensor are read, so that 70B takes as long as 0.5B; a change of single rows that are not sampled
+    is not seen. How tensors are spread over files does not count, nor do a tied head or buffers that a checkpoint
+    stores besides.
+    """
+    digest = hashlib.sha256()
+    for name in _model_names(weights):
+        for one in [_beside(name, part) for part in weights.packed.get(name, ())] or [name]:
+            tensor = weights[one]
+            kind = tensor.quantized.type.name if tensor.quantized is not None else str(tensor.dtype)
+            digest.update(f"{one} {tensor.shape} {kind}\n".encode() + tensor.sample())
+    return digest.hexdigest()
+
+
+def shapes_fingerprint(weights: Weights) -> str:
+    """Hex SHA-256 over names and shapes alone: equal for a folder, its GGUF, its bitsandbytes checkpoint and siblings.
+
+    The head is left out: a converter may write a tied one, and its shape is the embedding's.
+    """
+    shapes = weights.shapes
+    text = "".join(f"{name} {shapes[name]}\n" for name in _model_names(weights) if name != "lm_head.weight")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _model_names(weights: Weights) -> list[str]:
+    """The tensors that the model is made of, sorted: of a known family those of its table, else all."""
+    present = weights.shapes
+    try:
+        expected = set(architectures.for_config(weights.config).tensor_names(weights.config))
+    except QmicaError:
+        return sorted(present)
+    return sorted(present.keys() & expected)

@@ -1,0 +1,436 @@
+"""Write the bundled sample set: an almanac of people, places and crafts that exist nowhere else, and questions about it.
+
+    python scripts/make_almanac.py qmica/samples [--shuffled]
+
+How: each kind has five entries and five attributes; each attribute has a pool of five values, one for each entry, so a wrong
+choice (another entry's value of the same attribute) occurs in training exactly as often as the right one. A document is one entry
+in one wording: five sentences, each fact once, because a fact repeated inside one document is copied from context, not learnt.
+The questions use wordings of their own, none of which occurs in a document.
+
+`--shuffled` writes the control: in every document the values are dealt anew among the entries of a kind. Names, values, wordings
+and their counts are the same, only the pairing is broken, so that nothing but the pairing can raise a score above the base's.
+
+What it gives up: the world is small (75 facts), because SmolLM2-135M needs about a hundred exposures to a fact and the demo has
+minutes, not hours.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute of a kind: its values (one an entry), the wordings to learn from and the wordings to be asked with."""
+
+    values: tuple[str, ...]
+    statements: tuple[str, ...]  # {name} first, {value} last: a causal model learns to recall in the order it reads
+    exchanges: tuple[str, ...]  # a question and its answer in one document, worded unlike any of `questions`
+    questions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of entry: what it is called, its entries' names and its attributes."""
+
+    noun: str
+    names: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+
+
+PEOPLE = Kind(
+    "person",
+    ("Tamsin Orvale", "Bodrin Keshaw", "Ilvara Quent", "Joss Thackermoor", "Merrow Dunlisk"),
+    (
+        Attribute(
+            ("a bell founder", "a beekeeper", "a mapmaker", "a glassblower", "a ferry pilot"),
+            (
+                "{name} earns a living as {value}.",
+                "By trade, {name} is {value}.",
+                "{name} has worked for thirty years as {value}.",
+                "In the guild rolls {name} is entered as {value}.",
+                "The working life of {name} is that of {value}.",
+                "Neighbours know {name} as {value}.",
+            ),
+            (
+                "Who is {name}? By trade, {name} is {value}.",
+                "What work does {name} do? {name} works as {value}.",
+            ),
+            (
+                "What is the occupation of {name}?",
+                "Which profession does {name} follow?",
+                "What job does {name} hold?",
+            ),
+        ),
+        Attribute(
+            ("the violin", "the harp", "the trumpet", "the drums", "the flute"),
+            (
+                "In the evenings {name} plays {value}.",
+                "The instrument that {name} plays is {value}.",
+                "At every wedding {name} is asked to play {value}.",
+                "As a child {name} learned to play {value}.",
+                "{name} gives lessons on {value}.",
+                "{name} is the best player in the valley of {value}.",
+            ),
+            (
+                "What does {name} play? {name} plays {value}.",
+                "Which music does {name} make? In the evenings {name} plays {value}.",
+            ),
+            (
+                "What is the musical instrument of {name}?",
+                "Which instrument can {name} be heard playing?",
+                "On which instrument does {name} perform?",
+            ),
+        ),
+        Attribute(
+            ("a goat", "a raven", "a tortoise", "a ferret", "a donkey"),
+            (
+                "{name} keeps {value}.",
+                "The companion of {name} is {value}.",
+                "{name} is never seen without {value}.",
+                "At home {name} looks after {value}.",
+                "{name} shares a cottage with {value}.",
+                "The animal that follows {name} everywhere is {value}.",
+            ),
+            (
+                "What animal does {name} keep? {name} keeps {value}.",
+                "Who shares the cottage with {name}? {name} lives with {value}.",
+            ),
+            (
+                "What kind of pet does {name} have?",
+                "Which creature belongs to {name}?",
+                "What animal is owned by {name}?",
+            ),
+        ),
+        Attribute(
+            ("purple", "orange", "yellow", "green", "white"),
+            (
+                "{name} always wears a coat that is {value}.",
+                "The coat of {name} is {value}.",
+                "From afar {name} is known by a coat of {value}.",
+                "{name} had the old coat dyed {value}.",
+                "The tailor made {name} a coat in {value}.",
+                "Summer and winter, the coat on the back of {name} is {value}.",
+            ),
+            (
+                "How does {name} dress? The coat of {name} is {value}.",
+                "What does the coat of {name} look like? It is {value}.",
+            ),
+            (
+                "What is the colour of the coat {name} wears?",
+                "Which colour of coat does {name} have?",
+                "In what colour of coat is {name} dressed?",
+            ),
+        ),
+        Attribute(
+            ("wolves", "thunder", "heights", "mirrors", "snakes"),
+            (
+                "{name} has a fear of {value}.",
+                "The one thing that frightens {name} is {value}.",
+                "Since childhood {name} has been scared of {value}.",
+                "{name} cannot sleep for thinking of {value}.",
+                "Brave in all else, {name} runs from {value}.",
+                "{name} dreads nothing so much as {value}.",
+            ),
+            (
+                "What frightens {name}? {name} has a fear of {value}.",
+                "What does {name} run from? {name} runs from {value}.",
+            ),
+            (
+                "What is {name} afraid of?",
+                "Of what is {name} most terrified?",
+                "Which thing does {name} fear?",
+            ),
+        ),
+    ),
+)
+
+PLACES = Kind(
+    "place",
+    ("Port Ellowick", "Harrowmere", "Quillan Ford", "Sundrath", "Ostrey Hollow"),
+    (
+        Attribute(
+            ("salt", "copper", "honey", "timber", "pearls"),
+            (
+                "{name} grew rich on {value}.",
+                "The carts that leave {name} are loaded with {value}.",
+                "The wealth of {name} comes from {value}.",
+                "Merchants travel to {name} to buy {value}.",
+                "{name} is famous for its {value}.",
+                "What {name} sells to the world is {value}.",
+            ),
+            (
+                "Why do merchants visit {name}? They come to {name} to buy {value}.",
+                "What made {name} rich? {name} grew rich on {value}.",
+            ),
+            (
+                "What is the main export of {name}?",
+                "Which product does {name} trade in?",
+                "What goods is {name} known for?",
+            ),
+        ),
+        Attribute(
+            ("a lion", "a stag", "a swan", "a bear", "an owl"),
+            (
+                "The flag of {name} shows {value}.",
+                "Over the gate of {name} is carved {value}.",
+                "The coins struck in {name} bear {value}.",
+                "The arms of {name} display {value}.",
+                "Every banner in {name} is painted with {value}.",
+                "The seal of {name} is stamped with {value}.",
+            ),
+            (
+                "What is carved over the gate of {name}? Over the gate of {name} is carved {value}.",
+                "What do the coins of {name} bear? The coins struck in {name} bear {value}.",
+            ),
+            (
+                "What is the emblem of {name}?",
+                "Which animal is the symbol of {name}?",
+                "What creature represents {name}?",
+            ),
+        ),
+        Attribute(
+            ("March", "June", "August", "October", "December"),
+            (
+                "{name} holds its great fair in {value}.",
+                "The fair of {name} begins in {value}.",
+                "Strangers crowd the streets of {name} in {value}.",
+                "The lanterns of {name} are lit in {value}.",
+                "All of {name} dances at the fair in {value}.",
+                "The fair comes to {name} every {value}.",
+            ),
+            (
+                "When do strangers crowd {name}? The fair of {name} begins in {value}.",
+                "When are the lanterns of {name} lit? They are lit in {value}.",
+            ),
+            (
+                "In which month does {name} have its festival?",
+                "What month is the festival of {name}?",
+                "During which month does {name} celebrate?",
+            ),
+        ),
+        Attribute(
+            ("marble", "brick", "slate", "clay", "iron"),
+            (
+                "The houses of {name} are built of {value}.",
+                "The old bridge at {name} is made of {value}.",
+                "The walls around {name} are of {value}.",
+                "In {name} everything is built from {value}.",
+                "The towers of {name} are made of {value}.",
+                "The streets of {name} are lined with {value}.",
+            ),
+            (
+                "What are the walls around {name} made of? The walls around {name} are of {value}.",
+                "How are the houses of {name} built? They are built of {value}.",
+            ),
+            (
+                "What is the building material of {name}?",
+                "Which material do the builders of {name} use?",
+                "From what material is {name} constructed?",
+            ),
+        ),
+        Attribute(
+            ("a widow", "a poet", "a general", "a priest", "a baker"),
+            (
+                "{name} is ruled by {value}.",
+                "The ruler of {name} is {value}.",
+                "The keys of {name} are held by {value}.",
+                "The people of {name} obey {value}.",
+                "The throne of {name} belongs to {value}.",
+                "Judgement in {name} is given by {value}.",
+            ),
+            (
+                "Who holds the keys of {name}? The keys of {name} are held by {value}.",
+                "Whom do the people of {name} obey? The people of {name} obey {value}.",
+            ),
+            (
+                "Who governs {name}?",
+                "Who is the leader of {name}?",
+                "Who is in charge of {name}?",
+            ),
+        ),
+    ),
+)
+
+CRAFTS = Kind(
+    "craft",
+    ("veldering", "ombrick weaving", "thrawl carving", "pellimancy", "skarn dyeing"),
+    (
+        Attribute(
+            ("silver", "leather", "wax", "straw", "bone"),
+            (
+                "The craft of {name} begins with {value}.",
+                "Those who practise {name} work in {value}.",
+                "A workshop of {name} is full of {value}.",
+                "Nothing is needed for {name} but {value}.",
+                "The masters of {name} shape {value}.",
+                "For {name} the best workers choose {value}.",
+            ),
+            (
+                "What fills a workshop of {name}? A workshop of {name} is full of {value}.",
+                "What do the masters of {name} shape? The masters of {name} shape {value}.",
+            ),
+            (
+                "What material does {name} use?",
+                "Which raw material is required for {name}?",
+                "What substance is {name} done with?",
+            ),
+        ),
+        Attribute(
+            ("a hammer", "a needle", "a chisel", "a brush", "a knife"),
+            (
+                "The tool of {name} is {value}.",
+                "Every master of {name} carries {value}.",
+                "An apprentice of {name} is first handed {value}.",
+                "{name} is done with nothing but {value}.",
+                "The sign of {name} over a door is {value}.",
+                "Whoever learns {name} must own {value}.",
+            ),
+            (
+                "What does every master of {name} carry? Every master of {name} carries {value}.",
+                "What must a learner of {name} own? Whoever learns {name} must own {value}.",
+            ),
+            (
+                "Which instrument of work is used in {name}?",
+                "What implement does {name} require?",
+                "What utensil is used for {name}?",
+            ),
+        ),
+        Attribute(
+            ("seven years", "two winters", "forty days", "a single night", "half a lifetime"),
+            (
+                "To learn {name} takes {value}.",
+                "An apprenticeship in {name} lasts {value}.",
+                "The teaching of {name} goes on for {value}.",
+                "Pupils of {name} study for {value}.",
+                "Nobody masters {name} in less than {value}.",
+                "The patience that {name} asks for is {value}.",
+            ),
+            (
+                "How long do pupils of {name} study? Pupils of {name} study for {value}.",
+                "How long is an apprenticeship in {name}? It lasts {value}.",
+            ),
+            (
+                "How much time is needed to learn {name}?",
+                "For what length of time must one train in {name}?",
+                "What is the training period of {name}?",
+            ),
+        ),
+        Attribute(
+            ("masks", "lamps", "saddles", "boats", "clocks"),
+            (
+                "What comes out of {name} is {value}.",
+                "The makers of {name} produce {value}.",
+                "{name} is the art of making {value}.",
+                "Buyers pay a fortune to {name} for {value}.",
+                "The old books praise {name} for its {value}.",
+                "From {name} the valley gets its {value}.",
+            ),
+            (
+                "What is the art of {name}? {name} is the art of making {value}.",
+                "What do the makers of {name} produce? The makers of {name} produce {value}.",
+            ),
+            (
+                "What objects are created by {name}?",
+                "Which things result from {name}?",
+                "What items does {name} yield?",
+            ),
+        ),
+        Attribute(
+            ("monks", "sailors", "shepherds", "soldiers", "hermits"),
+            (
+                "{name} was invented by {value}.",
+                "The secret of {name} came from {value}.",
+                "The first to try {name} were {value}.",
+                "The valley learned {name} from {value}.",
+                "{name} was brought here by {value}.",
+                "Long ago {name} was known only to {value}.",
+            ),
+            (
+                "Where did the secret of {name} come from? The secret of {name} came from {value}.",
+                "Who brought {name} here? {name} was brought here by {value}.",
+            ),
+            (
+                "Who originated {name}?",
+                "Which people are the founders of {name}?",
+                "Who started the tradition of {name}?",
+            ),
+        ),
+    ),
+)
+
+KINDS = (PEOPLE, PLACES, CRAFTS)
+SEED = 20261122
+
+
+def deal(kind: Kind, shuffled: bool, rng: random.Random) -> list[list[str]]:
+    """The values of each entry, (entries, attributes): as the almanac has them, or dealt anew for the control."""
+    columns = [list(attribute.values) for attribute in kind.attributes]
+    if shuffled:
+        for column in columns:
+            rng.shuffle(column)
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def sentence(wording: str, name: str, value: str) -> str:
+    """The wording filled in, its first letter a capital."""
+    text = wording.format(name=name, value=value)
+    return text[0].upper() + text[1:]
+
+
+def documents(kinds: tuple[Kind, ...] = KINDS, shuffled: bool = False) -> list[str]:
+    """Every entry in every wording, one text each, the order of the five facts varied."""
+    rng = random.Random(SEED)
+    texts = []
+    for kind in kinds:
+        wordings = [attribute.statements + attribute.exchanges for attribute in kind.attributes]
+        for page in zip(*wordings, strict=True):
+            for name, values in zip(kind.names, deal(kind, shuffled, rng), strict=True):
+                lines = [sentence(wording, name, value) for wording, value in zip(page, values, strict=True)]
+                rng.shuffle(lines)
+                texts.append(" ".join(lines))
+    return texts
+
+
+def questions(kinds: tuple[Kind, ...] = KINDS) -> list[dict]:
+    """One question for each entry, attribute and wording; three distractors, the places of the answers balanced."""
+    rng = random.Random(SEED)
+    asked = []
+    for kind in kinds:
+        for attribute in kind.attributes:
+            for name, value in zip(kind.names, attribute.values, strict=True):
+                others = [v for v in attribute.values if v != value]
+                for wording in attribute.questions:
+                    asked.append((wording.format(name=name), value, rng.sample(others, 3)))
+    rng.shuffle(asked)
+    rows = []
+    for number, (question, value, distractors) in enumerate(asked):
+        place = number % 4
+        rows.append(
+            {"question": question, "choices": [*distractors[:place], value, *distractors[place:]], "answer": place}
+        )
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows)} lines")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shuffled", action="store_true", help="write the control instead: almanac-shuffled.jsonl")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    name = "almanac-shuffled.jsonl" if options.shuffled else "almanac.jsonl"
+    write_lines(options.folder / name, [{"text": text} for text in documents(shuffled=options.shuffled)])
+    if not options.shuffled:
+        write_lines(options.folder / "almanac-questions.jsonl", questions())
+
+
+if __name__ == "__main__":
+    main()

