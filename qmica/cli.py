@@ -255,7 +255,7 @@ def doctor(*, as_json: Json = False) -> None:
 
 
 def _complete(_, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Between reading the command line and converting it: take the rest from the -c file, refuse what does not go together."""
+    """After the command line is read and before it is converted: add the -c file, refuse what clashes."""
     if not commands:
         return
     file = next((argument for argument in arguments if argument.name == "--config" and argument.tokens), None)

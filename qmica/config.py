@@ -208,7 +208,7 @@ class EvalConfig:
     data: Annotated[tuple[str, ...], Flag(name=("--data", "-d"))] = ()
     """Text whose perplexity is measured; left out: the bundled general text."""
     questions: Path | None = None
-    """JSONL of {question, choices, answer}, answer counted from 0; left out: the almanac's, for a run that learnt it."""
+    """JSONL of {question, choices, answer}, answer counted from 0; left out: the almanac's, if the run learnt it."""
     max_seq_length: int = 512
     """Tokens a window of text."""
     free: int = 0

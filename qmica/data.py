@@ -151,26 +151,36 @@ class ChatEncoder:
         """(start, stop) characters of `text` (the rendered chat) that the assistant says, turn by turn."""
         spans: list[tuple[int, int]] = []
         for turn in (i for i, wanted in enumerate(document.learn) if wanted):
-            messages = list(document.messages)
-            messages[turn] = {**messages[turn], "content": MARK}
-            marked = self.render(messages, document.where)
-            if marked.count(MARK) > 1:
-                raise QmicaError(f"{document.where}: the chat template writes a turn twice: use --no-mask-prompt")
-            if MARK in marked:  # else the template leaves this turn out
-                floor = spans[-1][1] if spans else 0
-                previous = document.messages[turn - 1]["content"].strip() if turn else ""
-                spans.append(self._span(text, marked, floor, previous))
+            region = self._region(document, text, turn)
+            if region is not None:  # else the template leaves this turn out
+                start = self._start(document, text, turn, region[0], spans[-1][1] if spans else 0)
+                ending = len(self.ending) if text.startswith(self.ending, region[1]) else 0
+                spans.append((start, region[1] + ending))
         return spans
 
-    def _span(self, text: str, marked: str, floor: int, previous: str) -> tuple[int, int]:
+    def _region(self, document: Document, text: str, turn: int) -> tuple[int, int] | None:
+        """Where `text` changes with the content of message `turn`; None if it does not."""
+        messages = list(document.messages)
+        messages[turn] = {**messages[turn], "content": MARK}
+        marked = self.render(messages, document.where)
+        if marked.count(MARK) > 1:
+            raise QmicaError(f"{document.where}: the chat template writes a turn twice: use --no-mask-prompt")
+        if MARK not in marked:
+            return None
         start = _common(text, marked)
-        stop = len(text) - min(_common(text[::-1], marked[::-1]), len(text) - start)
-        stop += len(self.ending) if text.startswith(self.ending, stop) else 0
-        header = text.rfind(self.header, floor, start) if self.header else -1
-        if header >= 0:  # Qwen3 writes an empty <think> block between header and content: it is the model's to say
-            after = header + len(self.header)
-            start = after if not previous or previous not in text[after:start] else start
-        return start, stop
+        return start, len(text) - min(_common(text[::-1], marked[::-1]), len(text) - start)
+
+    def _start(self, document: Document, text: str, turn: int, start: int, floor: int) -> int:
+        """Where the model takes over: behind the header, if it is this turn's; else at the content with its space."""
+        if not self.header:  # "[/INST] answer": the model has to say the space
+            return max(floor, len(text[:start].rstrip(" ")))
+        header = text.rfind(self.header, floor, start)
+        after = header + len(self.header)
+        if header < 0 or after == start:
+            return start
+        # Qwen3 writes an empty <think> block between header and content; DeepSeek another header, seen in earlier turns
+        previous = self._region(document, text, turn - 1) if turn else (0, 0)
+        return after if previous is not None and previous[1] <= header else start
 
     def encode(self, documents: Sequence[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each chat its ids (tokens,) int32 and which to learn (tokens,) bool: all, without mask_prompt."""

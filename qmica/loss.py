@@ -7,13 +7,13 @@ as large, for Llama-3 31 times). Tokens without a label are never multiplied wit
 What it gives up: the gradient is computed even where only the value is wanted with gradients enabled.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-CHUNK = 128  # tokens a chunk
+CHUNK_LOGITS = 2**25  # logits at once, 134 MB in fp32: for each chunk a 16-bit head is cast to fp32 again
 IGNORED = -100  # the label of a token that is not supervised, as in torch and transformers
 
 
@@ -21,12 +21,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropies of head(hidden) against targets. hidden: (tokens, width), targets: (tokens,)."""
 
     @staticmethod
-    def forward(ctx, hidden, targets, head):
+    def forward(ctx, hidden, targets, head, vocabulary):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wanted else None
-        for start in range(0, len(targets), CHUNK):
-            rows = slice(start, start + CHUNK)
+        for rows in _chunks(len(targets), vocabulary):
             with torch.set_grad_enabled(wanted):
                 part = hidden[rows].detach().requires_grad_(wanted)
                 loss = functional.cross_entropy(head(part).float(), targets[rows], reduction="sum")
@@ -38,7 +37,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return ctx.grad * upstream.to(ctx.grad.dtype), None, None
+        return ctx.grad * upstream.to(ctx.grad.dtype), None, None, None
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of tokens whose logits fit in CHUNK_LOGITS."""
+    size = max(1, CHUNK_LOGITS // vocabulary)
+    return (slice(start, start + size) for start in range(0, tokens, size))
 
 
 def output_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -74,7 +79,7 @@ def summed_loss(model: nn.Module, batch) -> torch.Tensor:
     targets = batch.labels[:, 1:]
     supervised = targets != IGNORED
     hidden = hidden_states(model, batch)[:, :-1][supervised]
-    return _ChunkedCrossEntropy.apply(hidden, targets[supervised], output_head(model))
+    return _ChunkedCrossEntropy.apply(hidden, targets[supervised], output_head(model), model.config.vocab_size)
 
 
 @torch.no_grad()

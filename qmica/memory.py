@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qmica import quant, targets
+from qmica import loss, quant, targets
 from qmica.config import AdapterConfig, TrainingConfig
 from qmica.durable import size_text
 from qmica.errors import QmicaError
 
 IMPORTS = 0.45e9  # anonymous memory of the process after importing torch, transformers and bitsandbytes (measured)
-HEAD_CHUNK = 256  # tokens whose logits exist at once (loss.CHUNK)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def plan(
             "adapter": sum(out for out, _ in rows) * adapter.rank * 2 + trained * 4,
             "gradients and optimizer": trained * 4 * 3,  # gradient and AdamW's two moments in fp32
             "activations": _activations(model, linears, tokens, size, training.grad_checkpoint),
-            "loss": HEAD_CHUNK * model.config.vocab_size * 4 * 3,  # logits, their softmax, their gradient
+            "loss": loss.CHUNK_LOGITS * 4 * 3,  # logits, their softmax, their gradient
             "workspace": 2 * max(module.weight.numel() for module in linears.values()) * size,
             "libraries": IMPORTS,
         }

@@ -330,19 +330,14 @@ def write_sharded(
     sizes = {name: math.prod(weights[name].shape) * kind.itemsize for name, kind in layout.items()}
     require_space(folder, sum(sizes.values()), f"writing {len(sizes)} tensors")
     shards = _shards(sizes, max_shard_size)
-    names = (
-        [SINGLE] if len(shards) == 1 else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in _count(shards)]
-    )
+    count = len(shards)
+    names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)] if count > 1 else [SINGLE]
     for file, shard in zip(names, shards, strict=True):
         _write_file(folder / file, {name: (weights[name], layout[name]) for name in shard})
-    if len(shards) > 1:
+    if count > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
     return names
-
-
-def _count(things: list) -> range:
-    return range(1, len(things) + 1)
 
 
 def _targets(weights: Weights, dtype: torch.dtype | None) -> dict[str, torch.dtype]:

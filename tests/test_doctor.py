@@ -1,4 +1,4 @@
-"""doctor exercises the engines: on a sound machine every check passes, a broken engine is found, named and given a hint."""
+"""doctor exercises the engines: all pass on a sound machine, a broken one is found, named and given a hint."""
 
 import json
 

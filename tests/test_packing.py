@@ -237,27 +237,24 @@ def worst(model, batch: Batch, **options) -> float:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_packed_document_has_the_logits_of_the_lone_one(packed, family, checkpointing):
-    """In float64, logits of size ~10. Measured: 4e-14. With a cache or with a mask of ones documents leak: > 1."""
+    """In float64, logits of size ~10. Measured: 0.0. A cache, or a mask of ones, leaks: 5.9 and 7.9."""
     model = tiny.tiny_model(family).double().train()
     if checkpointing:
         model.activation_checkpointing_enable()
         model.enable_input_require_grads()
     _, batch = packed
     right = worst(model, batch, attention_mask=None, use_cache=False)
-    print("MEAS", right)
     assert right < 1e-11, f"packed and lone logits differ by {right:.1e}"
     ones = worst(model, batch, attention_mask=torch.ones_like(batch.input_ids), use_cache=False)
-    print("MEAS ones", ones)
     assert ones > 0.1, f"a mask of ones was expected to leak, but the logits differ by {ones:.1e} only"
     if not checkpointing:  # with checkpointing transformers turns the cache off by itself
         cached = worst(model, batch, attention_mask=None, use_cache=True)
-        print("MEAS cached", cached)
         assert cached > 0.1, f"a cache was expected to leak, but the logits differ by {cached:.1e} only"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_packed_batch_has_the_loss_and_the_gradients_of_lone_documents(packed, checkpointing):
-    """Whatever stands in a row beside a document, and however rows are padded. Measured, float64: 2e-14 of the norm."""
+    """Whatever stands in a row beside a document, and however rows are padded. Measured, float64: 6e-16 of the norm."""
     data, batch = packed
     model = tiny.tiny_model("llama").double().train()
     model.get_output_embeddings().requires_grad_(False)  # as in every run: loss.py has no gradient for it
@@ -268,12 +265,11 @@ def test_a_packed_batch_has_the_loss_and_the_gradients_of_lone_documents(packed,
     results = []
     for several in ([batch], alone, padded):
         model.zero_grad()
-        losses = [summed_loss(model, one).double() for one in several]
+        losses = [summed_loss(model, one) for one in several]
         sum(losses).backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-        results.append((float(sum(losses)), grads))
+        results.append((float(sum(losses).detach()), grads))
     for loss, grads in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         off = float((grads - results[0][1]).norm() / grads.norm())
-        print("MEAS off", off, loss - results[0][0])
-        assert off < 1e-6, f"gradients differ by {off:.1e} of their norm"
+        assert off < 1e-12, f"gradients differ by {off:.1e} of their norm"

@@ -1,0 +1,233 @@
+"""Merge an adapter into its base: `qmica merge`, and the merged `Weights` that `qmica export` walks over.
+
+How: a merge is a `Weights` laid over another. A changed tensor is computed when its rows are asked for, W + scale · B A in fp32, so
+that no merged copy is ever whole in memory; `merge` streams it to safetensors in bf16, `exporting` to GGUF. The base is the source's
+own values (16 bit; a GGUF's or a bitsandbytes checkpoint's dequantized weights), or what training saw: each linear of the decoder
+layers quantized and dequantized again, one at a time.
+
+What it gives up: merging back into 4 bit (the rounding would undo much of a small delta), and quantizing in row blocks (the scales
+of NF4 have an offset of the whole tensor, so one tensor is whole in memory for `base="quantized"`).
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import GenerationConfig
+
+from qmica import architectures, durable, model, quant, runs, source, targets, tokenizer
+from qmica.adapter import Adapter, Factors, check_base, read_adapter
+from qmica.errors import QmicaError
+from qmica.weights import LazyTensor, Weights, fingerprint, open_weights, overlay, shapes_fingerprint, write_sharded
+
+BaseKind = Literal["original", "quantized"]
+DTYPE = torch.bfloat16
+ROWS_COMPARED = 512  # at once, when the rounding of a quantized base is measured
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run with everything a merge needs, headers only: its adapter, its base's source and weights, and the bits it was trained at."""
+
+    run: runs.Run
+    adapter: Adapter
+    source: source.Source
+    weights: Weights
+    bits: int
+
+
+@dataclass
+class Rounding:
+    """How far the weights that training saw are from the source's own, summed up as they are made."""
+
+    difference: float = 0.0  # sums of squares
+    total: float = 0.0
+
+    def add(self, original: LazyTensor, seen: torch.Tensor) -> None:
+        for start in range(0, len(seen), ROWS_COMPARED):
+            rows = original.rows(start, start + ROWS_COMPARED).float()
+            self.total += rows.square().sum().item()
+            self.difference += rows.sub_(seen[start : start + ROWS_COMPARED]).square().sum().item()
+
+    def __str__(self) -> str:
+        share = (self.difference / self.total) ** 0.5 if self.total else 0.0
+        return f"the quantized weights differ from the original ones by {100 * share:.2g} % (root mean square)"
+
+
+def merge(run: str | None = None, out: Path | None = None, base: BaseKind = "original") -> Path:
+    """Write the merged model as a folder of safetensors in bf16, ready for transformers, vLLM and others. Returns the folder.
+
+    run: a run, an adapter folder, or a name under runs/ (None: the newest). out: must be missing or empty; None: RUN/merged.
+    Raises QmicaError for an adapter that is not of this base, a filled folder, or a full disk.
+    """
+    opened = open_run(run)
+    target = Path(out) if out is not None else opened.run.folder / "merged"
+    durable.require_empty(target)
+    rounding = Rounding()
+    weights = merged(opened.weights, opened.adapter, base, opened.bits, rounding)
+    size = sum(tensor.nbytes // tensor.dtype.itemsize * DTYPE.itemsize for tensor in weights.values())
+    durable.require_space(target, size, f"merging into {target}")
+    print(f"merging {len(opened.adapter.factors)} linears into {describe(opened, base)}")
+    with durable.replacing_folder(target) as part:
+        write_sharded(weights, part, DTYPE)
+        durable.write_json(part / source.CONFIG, _config(weights))
+        _write_companions(opened.source, part)
+    if rounding.total:
+        print(rounding)
+    print(f"{target}: {durable.size_text(size)} of bf16 safetensors; transformers and vLLM load it as any model,")
+    print(f"  from_pretrained({str(target)!r}); for llama.cpp and Ollama: qmica export {opened.run.folder}")
+    return target
+
+
+def open_run(run: str | None) -> Opened:
+    """A run opened for merging, its adapter checked against its base. Raises QmicaError naming both where they do not fit."""
+    found = runs.find(run)
+    adapter = read_adapter(found.adapter)
+    config = found.model_config(adapter.base)
+    base = source.resolve(config["model"], config["revision"])
+    weights = open_weights(base)
+    check_adapter(adapter, weights, base)
+    return Opened(found, adapter, base, weights, config["bits"])
+
+
+def check_adapter(adapter: Adapter, weights: Weights, base: source.Source) -> None:
+    """Refuse an adapter that does not fit these weights; warn once where only their values are others than in training.
+
+    Raises QmicaError with both ids, and for a family that qmica does not support or a head that is tied to the embedding.
+    """
+    check_base(adapter, model.Base(base.id, base.revision, None, fingerprint(weights), shapes_fingerprint(weights)))
+    shapes = weights.shapes
+    expected = set(architectures.for_config(weights.config).tensor_names(weights.config))
+    if "lm_head" in adapter.factors and "lm_head.weight" not in expected:
+        raise QmicaError(
+            f"the adapter in {adapter.folder} changes lm_head, which {base.id} shares with its embedding: it cannot be merged; "
+            "train without lm_head among the targets"
+        )
+    wrong = [
+        path
+        for path, part in adapter.factors.items()
+        if f"{path}.weight" not in expected or shapes.get(f"{path}.weight") != (len(part.B), part.A.shape[1])
+    ]
+    if wrong:
+        raise QmicaError(
+            f"the adapter in {adapter.folder} is for {adapter.base.id}, not for {base.id}: "
+            f"{len(wrong)} of {len(adapter.factors)} layers do not fit ({', '.join(wrong[:3])})"
+        )
+
+
+def describe(opened: Opened, base: BaseKind) -> str:
+    """What is merged into, in words."""
+    name, seen = opened.source.name, quant.FORMATS[opened.bits].name
+    if opened.weights.packed:
+        return f"{name}, which bitsandbytes stored quantized: its original weights are those that training saw"
+    if base == "quantized":
+        return f"{name} as training saw it, {seen} dequantized (--base original takes its own weights)"
+    own = "the GGUF's weights, dequantized" if opened.source.kind == "gguf" else "its own weights"
+    return f"{name}, {own} (--base quantized takes the {seen} ones that training saw)"
+
+
+# ---- the weights
+
+
+def merged(
+    weights: Weights, adapter: Adapter, base: BaseKind = "original", bits: int = 4, rounding: Rounding | None = None
+) -> Weights:
+    """The weights with the adapter in them, computed on demand: changed tensors are fp32, (out, in) as before.
+
+    base "quantized": every linear of the decoder layers as `bits` hold it. Packed weights of a bitsandbytes checkpoint come
+    unpacked. rounding: is added to as quantized tensors are made.
+    """
+    held = _Held()
+    changes = {name: held.lazy(name, shape, _unpacker(weights, name)) for name, shape in _packed_shapes(weights).items()}
+    if base == "quantized":
+        for name, tensor in weights.items():
+            if _is_quantized(name, tensor) and name not in changes:
+                changes[name] = held.lazy(name, tensor.shape, _rounder(tensor, bits, rounding))
+    for path, part in adapter.factors.items():
+        name = f"{path}.weight"
+        changes[name] = _sum(changes.get(name, weights[name]), part)
+    return overlay(weights, changes)
+
+
+def _sum(tensor: LazyTensor, part: Factors) -> LazyTensor:
+    """W + scale · B A, row by row."""
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return tensor.rows(start, stop).float().add_(replace(part, B=part.B[start:stop]).delta())
+
+    return LazyTensor(tensor.shape, torch.float32, read)
+
+
+@dataclass
+class _Held:
+    """The one tensor that is whole in memory: walks read a tensor's blocks one after the other, and making it costs seconds."""
+
+    name: str = ""
+    tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def lazy(self, name: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> LazyTensor:
+        def read(start: int, stop: int) -> torch.Tensor:
+            if self.name != name:
+                self.name, self.tensor = "", torch.empty(0)  # freed before the next one is made
+                self.tensor = make()
+                self.name = name
+            return self.tensor[start:stop].clone()
+
+        return LazyTensor(shape, torch.float32, read)
+
+
+def _is_quantized(name: str, tensor: LazyTensor) -> bool:
+    """Whether training held this tensor as a quantized linear (the rule of model.load)."""
+    return name.endswith(".weight") and len(tensor.shape) == 2 and not targets.stays_16bit(name)
+
+
+def _rounder(tensor: LazyTensor, bits: int, rounding: Rounding | None) -> Callable[[], torch.Tensor]:
+    """Makes a linear's weight as training saw it, (out, in) fp32, by the path that model.load takes."""
+
+    def make() -> torch.Tensor:
+        seen = quant.dequantize(quant.quantize(tensor.load(), None, bits, torch.device("cpu")))
+        if rounding is not None:
+            rounding.add(tensor, seen)
+        return seen
+
+    return make
+
+
+def _packed_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    """The weights that bitsandbytes packed, with their shapes before packing."""
+    shapes = weights.shapes
+    return {name: shapes[name] for name in weights.packed}
+
+
+def _unpacker(weights: Weights, name: str) -> Callable[[], torch.Tensor]:
+    """Makes a packed weight's dequantization, (out, in) fp32."""
+    path, shape = name.removesuffix(".weight"), weights.shapes[name]
+
+    def make() -> torch.Tensor:
+        parts = {part: weights[f"{path}.{part}"].load() for part in weights.packed[name]}
+        return quant.dequantize(quant.from_packed(shape, parts, None, torch.device("cpu")))
+
+    return make
+
+
+# ---- what stands beside the weights
+
+
+def _config(weights: Weights) -> dict:
+    """config.json of the merged folder: the base's, no longer quantized, in bf16."""
+    kept = {key: value for key, value in weights.config.items() if key not in ("quantization_config", "torch_dtype")}
+    return {**kept, "dtype": str(DTYPE).removeprefix("torch.")}
+
+
+def _write_companions(base: source.Source, folder: Path) -> None:
+    """Tokenizer and generation settings: a folder's own files, untouched; a GGUF's from its metadata."""
+    if base.kind == "gguf":
+        tokenizer.load(base).save_pretrained(folder)
+        GenerationConfig.from_model_config(model.read_config(base)).save_pretrained(folder)
+        return
+    for name in source.SMALL:
+        if name != source.CONFIG and (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
