@@ -1,10 +1,10 @@
 """Attach, save, load and open adapters: PEFT's pair of files plus qmica.json.
 
-How: `attach` wraps each chosen linear in a `MicaLinear`, its B computed from the weight as it is stored (dequantized for that
-moment). An adapter on disk is a plain LoRA to everyone who reads PEFT's format: `adapter_config.json` says
-`"init_lora_weights": true`, because with `"mica"` PEFT would compute an SVD for every layer and fail on 4- and 8-bit weights. That
-it is MiCA, and on which base, stands in `qmica.json` beside it. B is read back, never recomputed: singular vectors of the small end
-are not reproducible across machines.
+How: `attach` wraps each chosen linear in a `MicaLinear`, its B computed from the weight as it is stored (dequantized
+for that moment). An adapter on disk is a plain LoRA to everyone who reads PEFT's format: `adapter_config.json` says
+`"init_lora_weights": true`, because with `"mica"` PEFT would compute an SVD for every layer and fail on 4- and 8-bit
+weights. That it is MiCA, and on which base, stands in `qmica.json` beside it. B is read back, never recomputed:
+singular vectors of the small end are not reproducible across machines.
 
 What it gives up: DoRA, per-layer ranks and extra trained modules of PEFT adapters are refused by name.
 """
@@ -89,11 +89,12 @@ def switched(model: nn.Module, on: bool) -> Iterator[None]:
 
 def attach(
     model: nn.Module,
-    options: AdapterConfig = AdapterConfig(),  # noqa: B008 (frozen)
+    options: AdapterConfig = AdapterConfig(),
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
-    """Put a MiCA (or LoRA) adapter on a transformers model, in place; only the adapter is trainable afterwards. Returns the model.
+    """Put a MiCA (or LoRA) adapter on a transformers model, in place; only the adapter is trainable afterwards.
+    Returns the model.
 
     The model may be qmica's or transformers' own, in 4, 8 or 16 bits. seed: of random components and LoRA's A.
     Raises QmicaError for unknown targets, a rank above a layer's smallest side (named), or a model that has an adapter.
@@ -130,8 +131,9 @@ def _adapted(name: str, linear: nn.Module, options: AdapterConfig, generator: to
 def _wire(model: nn.Module, options: AdapterConfig) -> nn.Module:
     """Make `model.save_pretrained` write the adapter, so that Trainer and TRL save it, and pass Trainer's check.
 
-    transformers.Trainer refuses a model whose `is_quantized` is true unless it is PEFT's, because training quantized weights does
-    nothing; ours are frozen and an adapter is there, so the check's reason does not hold and the flag is taken down.
+    transformers.Trainer refuses a model whose `is_quantized` is true unless it is PEFT's, because training quantized
+    weights does nothing; ours are frozen and an adapter is there, so the check's reason does not hold and the flag is
+    taken down.
     """
     model.qmica_adapter = options
     model.is_quantized = False
@@ -146,7 +148,8 @@ def _save_pretrained(model: nn.Module, save_directory: str | Path, is_main_proce
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
-    """Write the model's adapter: PEFT's pair and qmica.json. A in fp32, B in bf16 (LoRA's trained B in fp32). Returns the folder.
+    """Write the model's adapter: PEFT's pair and qmica.json. A in fp32, B in bf16 (LoRA's trained B in fp32). Returns
+    the folder.
 
     Raises QmicaError where the model has no adapter.
     """
@@ -207,7 +210,9 @@ def base_of(model: nn.Module) -> Base:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """An adapter folder of qmica's or PEFT's, its tensors in memory (a few MB). Raises QmicaError for what is not one."""
+    """An adapter folder of qmica's or PEFT's, its tensors in memory (a few MB). Raises QmicaError for what is not
+    one.
+    """
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
     ours = _read_json(folder / QMICA) if (folder / QMICA).exists() else {}
@@ -273,8 +278,8 @@ def restore(model: nn.Module, named: Mapping[str, torch.Tensor], options: Adapte
 def load_adapter(model: nn.Module, adapter: str | Path | Adapter) -> nn.Module:
     """Put an adapter from disk on a base model, in place, trainable as it was. B is taken as stored. Returns the model.
 
-    Raises QmicaError where the adapter's modules or shapes are not the model's (with both bases' names); warns once where the
-    shapes agree but the weights are not those it was trained on.
+    Raises QmicaError where the adapter's modules or shapes are not the model's (with both bases' names); warns once
+    where the shapes agree but the weights are not those it was trained on.
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     check_base(adapter, base_of(model))
@@ -322,17 +327,19 @@ def _restored(linear: nn.Module, part: Factors, options: AdapterConfig) -> MicaL
 
 
 def check_base(adapter: Adapter, base: Base) -> None:
-    """Refuse a base of other shapes, warn of one with other weights. Where either side is unknown there is nothing to compare."""
+    """Refuse a base of other shapes, warn of one with other weights. Where either side is unknown there is nothing to
+    compare.
+    """
     if not (adapter.base.shapes and base.shapes):
         return
     if adapter.base.shapes != base.shapes:
         raise QmicaError(
-            f"the adapter in {adapter.folder} was trained on {adapter.base.id}, which {base.id} is not: their tensors differ "
-            "in names or shapes; give the model that it was trained on"
+            f"the adapter in {adapter.folder} was trained on {adapter.base.id}, which {base.id} is not: their tensors "
+            "differ in names or shapes; give the model that it was trained on"
         )
     if adapter.base.fingerprint != base.fingerprint:
         log.warning(
-            "the adapter was trained on %s; %s has the same shapes but other weights (another quantization or a sibling)",
+            "the adapter was trained on %s; %s has its shapes but other weights (another quantization or a sibling)",
             adapter.base.id,
             base.id,
         )
@@ -341,7 +348,8 @@ def check_base(adapter: Adapter, base: Base) -> None:
 def open_run(run: str | Path | runs.Run | None = None, tuned: bool = True, **changes) -> tuple[nn.Module, object]:
     """The model and tokenizer of a run, an adapter folder, or a name under runs/ (None: the newest run).
 
-    tuned: with its adapter. changes: fields of ModelConfig to use in place of the run's (`bits`, `dtype`, `device`, `model`).
+    tuned: with its adapter. changes: fields of ModelConfig to use in place of the run's (`bits`, `dtype`, `device`,
+    `model`).
     """
     run = run if isinstance(run, runs.Run) else runs.find(run)
     adapter = read_adapter(run.adapter)

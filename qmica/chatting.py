@@ -1,7 +1,7 @@
 """Talk to a GGUF in llama.cpp, or to a run in transformers: one prompt, or a conversation.
 
-How: both are a stream of pieces of text for a list of messages; the loop around them is the same. Ctrl-C stops an answer, at the
-prompt it ends the program. A model without a chat template goes on with the text it is given.
+How: both are a stream of pieces of text for a list of messages; the loop around them is the same. Ctrl-C stops an
+answer, at the prompt it ends the program. A model without a chat template goes on with the text it is given.
 
 What it gives up: several conversations at once, and a cache across turns in transformers (llama.cpp keeps its own).
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from qmica import adapter, model, runs, tokenizer
+from qmica import adapter, runs, tokenizer
 from qmica.config import ChatConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import is_gguf
@@ -24,7 +24,7 @@ Answer = Callable[[Messages], Iterator[str]]
 HINT = "Ctrl-D ends the conversation, Ctrl-C an answer."
 
 
-def chat(target: str | None = None, config: ChatConfig = ChatConfig()) -> None:  # noqa: B008 (frozen)
+def chat(target: str | None = None, config: ChatConfig = ChatConfig()) -> None:
     """Answer config.prompt, or hold a conversation on the terminal. target: a GGUF file, or a run (None: the newest).
 
     Raises QmicaError where the target is neither.

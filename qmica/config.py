@@ -6,7 +6,7 @@ model is checked in `__post_init__`, all problems at once. Literals only: nothin
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +24,11 @@ def _require(*checks: tuple[bool, str]) -> None:
     problems = [text for holds, text in checks if not holds]
     if problems:
         raise QmicaError("; ".join(problems))
+
+
+def _as_tuple(value: str | Path | Sequence) -> tuple[str, ...]:
+    """One path or several, as the Python API takes them."""
+    return (str(value),) if isinstance(value, str | Path) else tuple(str(part) for part in value)
 
 
 @Parameter(name="*", group=Group("Model", sort_key=1))
@@ -170,6 +175,35 @@ class TrainingConfig:
         )
 
 
+@dataclass(frozen=True)
+class Job:
+    """All options of a run."""
+
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def flags(self) -> dict:
+        """The options as one flat mapping of flag names to JSON values: a valid -c file."""
+        flat = {}
+        for part in (self.model, self.adapter, self.data, self.training):
+            flat |= asdict(part)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in flat.items()}
+
+    @classmethod
+    def from_flags(cls, flags: dict) -> "Job":
+        """The inverse of `flags`."""
+        kinds = {"model": ModelConfig, "adapter": AdapterConfig, "data": DataConfig, "training": TrainingConfig}
+        typed = {**flags, "out": Path(flags["out"]) if flags.get("out") else None}
+        return cls(
+            **{
+                part: kind(**{f.name: typed[f.name] for f in fields(kind) if f.name in typed})
+                for part, kind in kinds.items()
+            }
+        )
+
+
 QUANTS = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
     *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
@@ -256,8 +290,3 @@ class ChatConfig:
             (self.max_tokens > 0, f"--max-tokens {self.max_tokens}: give 1 or more"),
             (self.threads is None or self.threads > 0, f"--threads {self.threads}: give 1 or more"),
         )
-
-
-def _as_tuple(value: str | Path | Sequence) -> tuple[str, ...]:
-    """One path or several, as the Python API takes them."""
-    return (str(value),) if isinstance(value, str | Path) else tuple(str(part) for part in value)

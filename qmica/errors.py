@@ -1,7 +1,7 @@
 """The one exception that means "you can fix this".
 
-The command line prints a QmicaError as one line and exits with status 1. Everything else that is raised is a bug in qmica:
-it keeps its traceback and exits with status 70.
+The command line prints a QmicaError as one line and exits with status 1. Everything else that is raised is a bug in
+qmica: it keeps its traceback and exits with status 70.
 """
 
 

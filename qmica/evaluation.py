@@ -1,10 +1,11 @@
-"""What was learnt and what was forgotten: multiple choice and perplexity, base against tuned, in transformers and in llama.cpp.
+"""What was learnt and what was forgotten: multiple choice and perplexity, base against tuned, in transformers and in
+llama.cpp.
 
-How: a question is put as a chat (the model's own template; without one as `Question: … Answer:`), and each choice is scored by the
-mean log-probability of its tokens after that prompt; the likeliest is the answer. In transformers a question is one row: the
-prompt once, then its choices as branches that see the prompt and themselves (a 4-D mask, positions restarting after the prompt), so
-225 questions of four choices take 12,000 tokens in place of 45,000. In llama.cpp the same ids share the prompt's cache. Base and
-tuned are one model with the adapter switched off and on.
+How: a question is put as a chat (the model's own template; without one as `Question: … Answer:`), and each choice is
+scored by the mean log-probability of its tokens after that prompt; the likeliest is the answer. In transformers a
+question is one row: the prompt once, then its choices as branches that see the prompt and themselves (a 4-D mask,
+positions restarting after the prompt), so 225 questions of four choices take 12,000 tokens in place of 45,000. In
+llama.cpp the same ids share the prompt's cache. Base and tuned are one model with the adapter switched off and on.
 
 What it gives up: several phrasings of a question, and few-shot prompts.
 """
@@ -124,7 +125,9 @@ def branch_scores(network: nn.Module, asked: Sequence[tuple[list[int], list[list
 
 
 def _lay_out(row: int, prompt: list[int], answers: list[list[int]], ids, positions, seen) -> list[tuple[int, int, int]]:
-    """Write one question into its row: the prompt, then each answer as a branch. (prompt length, start, stop) of each."""
+    """Write one question into its row: the prompt, then each answer as a branch. (prompt length, start, stop) of
+    each.
+    """
     count = len(prompt)
     ids[row, :count] = torch.tensor(prompt)
     positions[row, :count] = torch.arange(count)
@@ -171,11 +174,12 @@ def free_answers(reader: InTransformers | InLlamaCpp, questions: Sequence[Questi
 
 def evaluate(
     run: str | None = None,
-    config: EvalConfig = EvalConfig(),  # noqa: B008 (frozen)
+    config: EvalConfig = EvalConfig(),
     model_config: ModelConfig | None = None,
     as_json: bool = False,
 ) -> dict:
-    """Measure a run's base and tuned model (model_config: a model alone), and GGUF files; print a table or JSON, return it.
+    """Measure a run's base and tuned model (model_config: a model alone), and GGUF files; print a table or JSON,
+    return it.
 
     Raises QmicaError for a missing run, unusable data or questions.
     """
@@ -251,9 +255,8 @@ def _show(rows: list[Scores], result: dict) -> None:
         table.add_row(*(_cell(getattr(row, name)) for name in titles.values()))
     Console().print(table)
     if len(rows) > 1 and rows[1].name == "tuned":
-        print(
-            f"perplexity x {rows[1].perplexity / rows[0].perplexity:.2f}; next: `qmica export --quant Q4_K_M`, `qmica chat`"
-        )
+        worse = rows[1].perplexity / rows[0].perplexity
+        print(f"perplexity x {worse:.2f}; next: `qmica export --quant Q4_K_M`, `qmica chat`")
 
 
 def _cell(value: float | str | None) -> str:

@@ -2,11 +2,12 @@
 
     y = W x + scale · B (A dropout(x)),   scale = alpha / rank
 
-How: the base is any frozen linear of `quant`; B is a buffer in bf16 (for LoRA, the same place holds a trained parameter in fp32),
-A a parameter in fp32, both cast to the input's dtype for each use. A starts at zero, so step 0 is exactly the base model.
+How: the base is any frozen linear of `quant`; B is a buffer in bf16 (for LoRA, the same place holds a trained
+parameter in fp32), A a parameter in fp32, both cast to the input's dtype for each use. A starts at zero, so step 0 is
+exactly the base model.
 
-What it gives up: nothing is fused; autograd keeps x for dA (MiCA does not save activation memory against LoRA), halves the
-trained parameters, their gradients and optimizer states.
+What it gives up: nothing is fused; autograd keeps x for dA (MiCA does not save activation memory against LoRA),
+halves the trained parameters, their gradients and optimizer states.
 """
 
 import math
@@ -41,7 +42,9 @@ class MicaLinear(nn.Module):
 
     @classmethod
     def lora(cls, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> "MicaLinear":
-        """LoRA (arXiv 2106.09685) on the same code: B starts at zero and is trained, A starts as Kaiming-uniform noise."""
+        """LoRA (arXiv 2106.09685) on the same code: B starts at zero and is trained, A starts as Kaiming-uniform
+        noise.
+        """
         device = base.weight.device
         layer = cls(
             quant.freeze(base), torch.zeros(base.out_features, rank, device=device), alpha / rank, dropout, True

@@ -1,8 +1,9 @@
 """Cross entropy over chunks of tokens, so that the logits of a batch never exist whole; and the mean loss over batches.
 
-How: the output head is frozen, so the gradient of the hidden states is all a backward needs. It is computed chunk by chunk in the
-forward, while a chunk's logits exist, and kept (tokens x width) in place of the logits (tokens x vocabulary: for SmolLM2 85 times
-as large, for Llama-3 31 times). Tokens without a label are never multiplied with the head.
+How: the output head is frozen, so the gradient of the hidden states is all a backward needs. It is computed chunk by
+chunk in the forward, while a chunk's logits exist, and kept (tokens x width) in place of the logits (tokens x
+vocabulary: for SmolLM2 85 times as large, for Llama-3 31 times). Tokens without a label are never multiplied with the
+head.
 
 What it gives up: the gradient is computed even where only the value is wanted with gradients enabled.
 """
@@ -49,7 +50,8 @@ def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
 def output_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function from last hidden states (tokens, width) to logits (tokens, vocabulary) of a transformers model.
 
-    Exact for the ten families qmica knows of: the output embeddings, divided by Granite's `logits_scaling`, soft-capped as Gemma does.
+    Exact for the ten families qmica knows of: the output embeddings, divided by Granite's `logits_scaling`,
+    soft-capped as Gemma does.
     """
     head = model.get_output_embeddings()
     scaling = getattr(model.config, "logits_scaling", None) or 1.0
@@ -65,8 +67,8 @@ def output_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 def hidden_states(model: nn.Module, batch) -> torch.Tensor:
     """The last hidden states (rows, length, width) of a packed batch.
 
-    Documents in a row are told apart by their restarting positions alone: any attention mask, or a cache, makes transformers attend
-    across them without a word (measured: the second document's logits move by 20.7).
+    Documents in a row are told apart by their restarting positions alone: any attention mask, or a cache, makes
+    transformers attend across them without a word (measured: the second document's logits move by 20.7).
     """
     output = model.base_model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
@@ -84,7 +86,9 @@ def summed_loss(model: nn.Module, batch) -> torch.Tensor:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable) -> float:
-    """The mean cross entropy a supervised token over batches, in evaluation mode; the mode is put back. exp() of it is the perplexity."""
+    """The mean cross entropy a supervised token over batches, in evaluation mode; the mode is put back. exp() of it
+    is the perplexity.
+    """
     training = model.training
     model.eval()
     try:

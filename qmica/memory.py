@@ -1,8 +1,9 @@
 """How much memory a training run will take, before anything is loaded, and how much it takes.
 
-How: `plan` adds up bytes by part from shapes alone (a model on the meta device); `measure` reads what the process holds now. On a
-CPU that is anonymous memory (RssAnon): resident size counts mapped file pages that the kernel can drop at any time. What it gives
-up: the plan is an estimate from above for activations; measured on SmolLM2 it is within a quarter.
+How: `plan` adds up bytes by part from shapes alone (a model on the meta device); `measure` reads what the process
+holds now. On a CPU that is anonymous memory (RssAnon): resident size counts mapped file pages that the kernel can
+drop at any time. What it gives up: the plan is an estimate from above for activations; measured on SmolLM2 it is
+within a quarter.
 """
 
 from collections.abc import Callable
@@ -69,7 +70,9 @@ def _weights(model: nn.Module, linears: dict[str, nn.Module], bits: int) -> floa
 
 
 def _activations(model: nn.Module, linears: dict[str, nn.Module], tokens: int, size: int, checkpointed: bool) -> float:
-    """What the backward needs: every linear's input and output once a layer, or (checkpointed) a layer's input and one whole layer."""
+    """What the backward needs: every linear's input and output once a layer, or (checkpointed) a layer's input and
+    one whole layer.
+    """
     config = model.config
     inside = [module for name, module in linears.items() if not targets.stays_16bit(name)]
     layers = config.num_hidden_layers
@@ -111,8 +114,8 @@ def require_fit(plan: Plan, device: torch.device, say: Callable[[str], None]) ->
     say(f"memory: needs about {plan}; {size_text(free)} are free on {device.type}")
     if plan.parts["weights"] > free:
         raise QmicaError(
-            f"the model needs {size_text(plan.parts['weights'])} for its weights alone, {size_text(free)} are free on {device.type}: "
-            "choose a smaller --model or fewer --bits, or close other programs"
+            f"the model needs {size_text(plan.parts['weights'])} for its weights alone, {size_text(free)} are free on "
+            f"{device.type}: choose a smaller --model or fewer --bits, or close other programs"
         )
     if plan.total > free:
         say("this may not fit: a smaller --max-seq-length or --batch-size, or --bits 4, takes less")

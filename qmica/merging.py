@@ -1,12 +1,12 @@
 """Merge an adapter into its base: `qmica merge`, and the merged `Weights` that `qmica export` walks over.
 
-How: a merge is a `Weights` laid over another. A changed tensor is computed when its rows are asked for, W + scale · B A in fp32, so
-that no merged copy is ever whole in memory; `merge` streams it to safetensors in bf16, `exporting` to GGUF. The base is the source's
-own values (16 bit; a GGUF's or a bitsandbytes checkpoint's dequantized weights), or what training saw: each linear of the decoder
-layers quantized and dequantized again, one at a time.
+How: a merge is a `Weights` laid over another. A changed tensor is computed when its rows are asked for, W + scale · B A
+in fp32, so that no merged copy is ever whole in memory; `merge` streams it to safetensors in bf16, `exporting` to GGUF.
+The base is the source's own values (16 bit; a GGUF's or a bitsandbytes checkpoint's dequantized weights), or what
+training saw: each linear of the decoder layers quantized and dequantized again, one at a time.
 
-What it gives up: merging back into 4 bit (the rounding would undo much of a small delta), and quantizing in row blocks (the scales
-of NF4 have an offset of the whole tensor, so one tensor is whole in memory for `base="quantized"`).
+What it gives up: merging back into 4 bit (the rounding would undo much of a small delta), and quantizing in row blocks
+(the scales of NF4 have an offset of the whole tensor, so one tensor is whole in memory for `base="quantized"`).
 """
 
 import shutil
@@ -30,7 +30,8 @@ ROWS_COMPARED = 512  # at once, when the rounding of a quantized base is measure
 
 @dataclass(frozen=True)
 class Opened:
-    """A run with everything a merge needs, headers only: its adapter, its base's source and weights, and the bits it was trained at."""
+    """A run with everything a merge needs, headers only: its adapter, its base's source and weights, and the bits it
+    was trained at."""
 
     run: runs.Run
     adapter: Adapter
@@ -58,10 +59,11 @@ class Rounding:
 
 
 def merge(run: str | None = None, out: Path | None = None, base: BaseKind = "original") -> Path:
-    """Write the merged model as a folder of safetensors in bf16, ready for transformers, vLLM and others. Returns the folder.
+    """Write the merged model as a folder of safetensors in bf16, ready for transformers, vLLM and others. Returns the
+    folder.
 
-    run: a run, an adapter folder, or a name under runs/ (None: the newest). out: must be missing or empty; None: RUN/merged.
-    Raises QmicaError for an adapter that is not of this base, a filled folder, or a full disk.
+    run: a run, an adapter folder, or a name under runs/ (None: the newest). out: must be missing or empty; None:
+    RUN/merged. Raises QmicaError for an adapter that is not of this base, a filled folder, or a full disk.
     """
     opened = open_run(run)
     target = Path(out) if out is not None else opened.run.folder / "merged"
@@ -83,7 +85,8 @@ def merge(run: str | None = None, out: Path | None = None, base: BaseKind = "ori
 
 
 def open_run(run: str | None) -> Opened:
-    """A run opened for merging, its adapter checked against its base. Raises QmicaError naming both where they do not fit."""
+    """A run opened for merging, its adapter checked against its base. Raises QmicaError naming both where they do not
+    fit."""
     found = runs.find(run)
     adapter = read_adapter(found.adapter)
     config = found.model_config(adapter.base)
@@ -96,15 +99,16 @@ def open_run(run: str | None) -> Opened:
 def check_adapter(adapter: Adapter, weights: Weights, base: source.Source) -> None:
     """Refuse an adapter that does not fit these weights; warn once where only their values are others than in training.
 
-    Raises QmicaError with both ids, and for a family that qmica does not support or a head that is tied to the embedding.
+    Raises QmicaError with both ids, and for a family that qmica does not support or a head that is tied to the
+    embedding.
     """
     check_base(adapter, model.Base(base.id, base.revision, None, fingerprint(weights), shapes_fingerprint(weights)))
     shapes = weights.shapes
     expected = set(architectures.for_config(weights.config).tensor_names(weights.config))
     if "lm_head" in adapter.factors and "lm_head.weight" not in expected:
         raise QmicaError(
-            f"the adapter in {adapter.folder} changes lm_head, which {base.id} shares with its embedding: it cannot be merged; "
-            "train without lm_head among the targets"
+            f"the adapter in {adapter.folder} changes lm_head, which {base.id} shares with its embedding: it cannot "
+            "be merged; train without lm_head among the targets"
         )
     wrong = [
         path
@@ -137,11 +141,11 @@ def merged(
 ) -> Weights:
     """The weights with the adapter in them, computed on demand: changed tensors are fp32, (out, in) as before.
 
-    base "quantized": every linear of the decoder layers as `bits` hold it. Packed weights of a bitsandbytes checkpoint come
-    unpacked. rounding: is added to as quantized tensors are made.
+    base "quantized": every linear of the decoder layers as `bits` hold it. Packed weights of a bitsandbytes checkpoint
+    come unpacked. rounding: is added to as quantized tensors are made.
     """
-    held = _Held()
-    changes = {name: held.lazy(name, shape, _unpacker(weights, name)) for name, shape in _packed_shapes(weights).items()}
+    held, shapes = _Held(), weights.shapes
+    changes = {name: held.lazy(name, shapes[name], _unpacker(weights, name, shapes[name])) for name in weights.packed}
     if base == "quantized":
         for name, tensor in weights.items():
             if _is_quantized(name, tensor) and name not in changes:
@@ -163,7 +167,8 @@ def _sum(tensor: LazyTensor, part: Factors) -> LazyTensor:
 
 @dataclass
 class _Held:
-    """The one tensor that is whole in memory: walks read a tensor's blocks one after the other, and making it costs seconds."""
+    """The one tensor that is whole in memory: walks read a tensor's blocks one after the other, and making it costs
+    seconds."""
 
     name: str = ""
     tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -196,15 +201,9 @@ def _rounder(tensor: LazyTensor, bits: int, rounding: Rounding | None) -> Callab
     return make
 
 
-def _packed_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
-    """The weights that bitsandbytes packed, with their shapes before packing."""
-    shapes = weights.shapes
-    return {name: shapes[name] for name in weights.packed}
-
-
-def _unpacker(weights: Weights, name: str) -> Callable[[], torch.Tensor]:
-    """Makes a packed weight's dequantization, (out, in) fp32."""
-    path, shape = name.removesuffix(".weight"), weights.shapes[name]
+def _unpacker(weights: Weights, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    """Makes a packed weight's dequantization, (out, in) fp32. shape: before packing."""
+    path = name.removesuffix(".weight")
 
     def make() -> torch.Tensor:
         parts = {part: weights[f"{path}.{part}"].load() for part in weights.packed[name]}

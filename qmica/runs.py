@@ -6,8 +6,9 @@
       adapter/                  the result
       checkpoints/step-000100/  adapter.safetensors, optimizer.safetensors, state.json, manifest.json
 
-A checkpoint is written to a sibling folder, synced and renamed, and its manifest names the size and SHA-256 of each file, so that
-it exists whole or is refused. What it gives up: history. The last two checkpoints are kept, older ones removed.
+A checkpoint is written to a sibling folder, synced and renamed, and its manifest names the size and SHA-256 of each
+file, so that it exists whole or is refused. What it gives up: history. The last two checkpoints are kept, older ones
+removed.
 """
 
 import json
@@ -76,7 +77,9 @@ class Run:
             raise QmicaError(f"{path} is damaged: {error}") from error
 
     def model_config(self, base) -> dict:
-        """The fields of ModelConfig that load this run's base: the run's own flags, else what the adapter says of its base."""
+        """The fields of ModelConfig that load this run's base: the run's own flags, else what the adapter says of its
+        base.
+        """
         flags = self.config().get("train")
         if flags is None:
             return {"model": base.id, "revision": base.revision, "bits": base.bits or 4}
@@ -102,7 +105,9 @@ class Run:
         durable.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping) -> Path:
-        """Write a checkpoint of named tensor sets and a JSON state; then drop all but the newest two. Returns its folder."""
+        """Write a checkpoint of named tensor sets and a JSON state; then drop all but the newest two. Returns its
+        folder.
+        """
         folder = self.folder / _CHECKPOINTS / f"step-{step:06d}"
         if folder.exists():
             shutil.rmtree(folder)
@@ -117,7 +122,9 @@ class Run:
         return folder
 
     def last_checkpoint(self) -> Checkpoint:
-        """The newest checkpoint that is whole. Raises QmicaError where there is none, saying what is wrong with those there are."""
+        """The newest checkpoint that is whole. Raises QmicaError where there is none, saying what is wrong with those
+        there are.
+        """
         problems = []
         for folder in sorted((self.folder / _CHECKPOINTS).glob("step-*"), reverse=True):
             problem = _damage(folder)
@@ -175,7 +182,9 @@ def _all() -> Iterator[Path]:
 
 
 def find(name: str | Path | None = None) -> Run:
-    """A run by its folder, its name under runs/, or (None) the newest. Raises QmicaError naming what was looked for and where."""
+    """A run by its folder, its name under runs/, or (None) the newest. Raises QmicaError naming what was looked for
+    and where.
+    """
     if name is None:
         newest = max(_all(), key=lambda folder: folder.stat().st_mtime, default=None)
         if newest is None:

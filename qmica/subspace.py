@@ -1,27 +1,29 @@
 """Minor subspaces: the only mathematics of MiCA (arXiv 2604.01694).
 
-How: for W (out x in) with the thin SVD W = U S Vᵀ, B is the last `rank` columns of U, the left singular vectors of the smallest
-singular values, in descending order of σ (the definition of PEFT's `tuners/lora/layer.py::mica_init`). Everything is float64: the
-eigenvectors of the Gram matrix of the smaller side give them at a third to a fifth of an SVD's time (576 x 576 on 2 cores:
-0.046 s against 0.144 s), and are exact while the squared condition stays within float64. Where it does not, the SVD itself is used.
+How: for W (out x in) with the thin SVD W = U S Vᵀ, B is the last `rank` columns of U, the left singular vectors of the
+smallest singular values, in descending order of σ (the definition of PEFT's `tuners/lora/layer.py::mica_init`).
+Everything is float64: the eigenvectors of the Gram matrix of the smaller side give them at a third to a fifth of an
+SVD's time (576 x 576 on 2 cores: 0.046 s against 0.144 s), and are exact while the squared condition stays within
+float64. Where it does not, the SVD itself is used.
 
 For a tall W the thin SVD's last columns are not its null space: that is the definition of the field, and it is kept.
 
-What it gives up: speed. A float64 Gram is some ten times slower than what a fp32 factorisation with refinement can do on 4096-wide
-layers.
+What it gives up: speed. A float64 Gram is some ten times slower than what a fp32 factorisation with refinement can do
+on 4096-wide layers.
 """
 
 import torch
 
 from qmica.errors import QmicaError
 
-# A float64 Gram matrix resolves singular values to sqrt(eps) = 1.5e-8 of the largest; measured: exact to a condition of 1e7,
-# wrong by 8 % in energy at 1e8. One power of ten is kept in hand.
+# A float64 Gram matrix resolves singular values to sqrt(eps) = 1.5e-8 of the largest; measured: exact to a condition
+# of 1e7, wrong by 8 % in energy at 1e8. One power of ten is kept in hand.
 GRAM_CONDITION = 1e6
 
 
 def minor_subspace(weight: torch.Tensor, rank: int) -> torch.Tensor:
-    """B (out, rank) in fp32: the left singular vectors of the `rank` smallest singular values of weight (out, in), σ descending.
+    """B (out, rank) in fp32: the left singular vectors of the `rank` smallest singular values of weight (out, in), σ
+    descending.
 
     Raises QmicaError where rank is not in 1 … min(out, in), or the weight holds NaN or infinity.
     """

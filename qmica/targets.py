@@ -1,7 +1,8 @@
 """Which linears are adapted, and which weights stay in 16 bits.
 
-How: a target is a projection's own name (`q_proj`) or one of three sets of them; the sets are looked up in a table by the names
-that the field's model classes use. One rule, `stays_16bit`, decides what is never quantized, for loading and for planning alike.
+How: a target is a projection's own name (`q_proj`) or one of three sets of them; the sets are looked up in a table by
+the names that the field's model classes use. One rule, `stays_16bit`, decides what is never quantized, for loading
+and for planning alike.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,8 @@ SETS = {
 
 
 def stays_16bit(name: str) -> bool:
-    """Whether the weight or module of this dotted name is kept in 16 bits: embeddings, the output head, norms and biases.
+    """Whether the weight or module of this dotted name is kept in 16 bits: embeddings, the output head, norms and
+    biases.
 
     Only the 2-D projections inside decoder layers are quantized, as transformers and bitsandbytes do by default.
     """
@@ -29,7 +31,8 @@ def stays_16bit(name: str) -> bool:
 
 
 def select(linears: Iterable[str], targets: str) -> list[str]:
-    """The dotted module names among `linears` that `targets` names: qv, attn, mlp, all, or projections (`q_proj,down_proj`).
+    """The dotted module names among `linears` that `targets` names: qv, attn, mlp, all, or projections
+    (`q_proj,down_proj`).
 
     Raises QmicaError for a name that no linear has, with the names there are.
     """

@@ -1,12 +1,13 @@
 """Train an adapter: from a model, text and four dataclasses to a run folder.
 
-How: our own loop, on `accelerate.Accelerator` for devices, gradient scaling and processes. A window of `grad_accum` batches is one
-update; its losses are divided by the window's supervised tokens, so 1 x 8 and 8 x 1 are the same update. Everything a step depends
-on is a function of (seed, step): the data's order, the learning rate, and the dropout, whose generator is seeded anew for each
-step. So a resumed run is bit-identical on a CPU, and an evaluation between two steps changes nothing.
+How: our own loop, on `accelerate.Accelerator` for devices, gradient scaling and processes. A window of `grad_accum`
+batches is one update; its losses are divided by the window's supervised tokens, so 1 x 8 and 8 x 1 are the same
+update. Everything a step depends on is a function of (seed, step): the data's order, the learning rate, and the
+dropout, whose generator is seeded anew for each step. So a resumed run is bit-identical on a CPU, and an evaluation
+between two steps changes nothing.
 
-Several processes each take a share of a window's batches; the coefficients' gradients, a few MB, are summed. The frozen model is
-not wrapped.
+Several processes each take a share of a window's batches; the coefficients' gradients, a few MB, are summed. The
+frozen model is not wrapped.
 
 What it gives up: overlap of communication with computation, which gradients this small do not need.
 """
@@ -18,61 +19,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from qmica import adapter, data, loss, memory, model, packing, quant, runs, samples, source, tokenizer
-from qmica.config import AdapterConfig, DataConfig, ModelConfig, TrainingConfig
-from qmica.durable import size_text
+from qmica import adapter, data, loss, memory, model, packing, progress, quant, runs, samples, source, tokenizer
+from qmica.config import AdapterConfig, DataConfig, Job, ModelConfig, TrainingConfig
 from qmica.errors import QmicaError
 
 BETAS = (0.9, 0.999)
-
-
-@dataclass(frozen=True)
-class Job:
-    """All options of a run."""
-
-    model: ModelConfig = ModelConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    data: DataConfig = DataConfig()
-    training: TrainingConfig = TrainingConfig()
-
-    def flags(self) -> dict:
-        """The options as one flat mapping of flag names to JSON values: a valid -c file."""
-        flat = {}
-        for part in (self.model, self.adapter, self.data, self.training):
-            flat |= asdict(part)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in flat.items()}
-
-    @classmethod
-    def from_flags(cls, flags: dict) -> "Job":
-        """The inverse of `flags`."""
-        kinds = {"model": ModelConfig, "adapter": AdapterConfig, "data": DataConfig, "training": TrainingConfig}
-        parts = {}
-        for name, kind in kinds.items():
-            values = {key: flags[key] for key in kind.__dataclass_fields__ if key in flags}
-            if values.get("out"):
-                values["out"] = Path(values["out"])
-            parts[name] = kind(**values)
-        return cls(**parts)
 
 
 # ---- the run, told once
 
 
 def train(
-    model_config: ModelConfig = ModelConfig(),  # noqa: B008 (frozen)
-    adapter_config: AdapterConfig = AdapterConfig(),  # noqa: B008
-    data_config: DataConfig = DataConfig(),  # noqa: B008
-    training_config: TrainingConfig = TrainingConfig(),  # noqa: B008
+    model_config: ModelConfig = ModelConfig(),
+    adapter_config: AdapterConfig = AdapterConfig(),
+    data_config: DataConfig = DataConfig(),
+    training_config: TrainingConfig = TrainingConfig(),
     resume: Path | None = None,
 ) -> runs.Run:
     """Train an adapter and write its run folder. resume: a run to go on with, under the options it began with.
@@ -183,7 +152,9 @@ class Loop:
         return self.options.lr * SCHEDULES[self.options.schedule](done)
 
     def _own(self, step: int) -> tuple[list[packing.Batch], int]:
-        """This process's batches of a window, and the supervised tokens of the whole window (the last may be shorter)."""
+        """This process's batches of a window, and the supervised tokens of the whole window (the last may be
+        shorter).
+        """
         positions = range(step * self.window, min((step + 1) * self.window, self.batches))
         window = [self.stream[position] for position in positions]
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
@@ -203,8 +174,9 @@ class Loop:
     def _require_finite(self, part: torch.Tensor) -> None:
         if not torch.isfinite(part):
             raise QmicaError(
-                f"the loss is {part.item()} at step {self.step + 1}: nothing was updated. Lower --lr ({self.options.lr:g}), "
-                f"or use --dtype fp32; the last checkpoint is sound: qmica train --resume {self.run_folder.folder}"
+                f"the loss is {part.item()} at step {self.step + 1}, nothing was updated: lower --lr "
+                f"({self.options.lr:g}) or use --dtype fp32; what was saved is sound, qmica train --resume "
+                f"{self.run_folder.folder} goes on from there"
             )
 
     def update(self) -> dict:
@@ -277,7 +249,7 @@ class Loop:
         """All remaining steps. Raises KeyboardInterrupt, after a checkpoint, where one came."""
         self.network.train()
         began, first = time.perf_counter(), self.tokens
-        with _interruptible(self), _progress(self) as show:
+        with _interruptible(self), progress.shown(self.total, self.step, self.accelerator.is_main_process) as show:
             while self.step < self.total:
                 row = self.update()
                 self.peak = max(self.peak, memory.measure(self.accelerator.device))
@@ -376,7 +348,9 @@ def _unflatten(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
 
 @contextmanager
 def _interruptible(loop: Loop) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) lets the step finish, so that a checkpoint is whole; the second interrupts at once."""
+    """The first Ctrl-C (or SIGTERM) lets the step finish, so that a checkpoint is whole; the second interrupts at
+    once.
+    """
 
     def ask(number: int, frame: object) -> None:
         if loop.stop_asked:
@@ -395,42 +369,7 @@ def _interruptible(loop: Loop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# ---- what is printed
-
-
-@contextmanager
-def _progress(loop: Loop) -> Iterator[Callable[[dict], None]]:
-    """A bar on a terminal; about twenty plain lines elsewhere; nothing in other processes than the first."""
-    console = Console()
-    if not loop.accelerator.is_main_process:
-        yield lambda row: None
-    elif console.is_terminal:
-        columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task("", total=loop.total, completed=loop.step)
-            yield lambda row: bar.update(task, completed=row["step"], description=_line(row))
-    else:
-        every = max(1, loop.total // 20)
-        began, first = time.perf_counter(), loop.step
-
-        def show(row: dict) -> None:
-            if row["step"] % every == 0 or row["step"] in (1, loop.total) or "val_loss" in row:
-                left = (time.perf_counter() - began) / (row["step"] - first) * (loop.total - row["step"])
-                print(f"step {row['step']}/{loop.total}  {_line(row)}  {duration(left)} left", flush=True)
-
-        yield show
-
-
-def _line(row: dict) -> str:
-    validation = f"  val {row['val_loss']:.3f}" if "val_loss" in row else ""
-    return f"loss {row['loss']:.3f}{validation}  {row['tokens_per_s']:.0f} tokens/s  {size_text(row['peak_bytes'])}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 40 s, 7 min, 3.2 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+# ---- what is read, loaded and said
 
 
 def _read_data(job: Job, tokens, say: Callable[[str], None]) -> data.Prepared:
@@ -458,13 +397,13 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
     """The base with a fresh adapter, or (run) with the adapter of its last checkpoint."""
     began = time.perf_counter()
     network = model.load(found, job.model.bits, job.model.dtype, str(device))
-    say(f"loaded {found.id} in {job.model.bits} bits: {duration(time.perf_counter() - began)}")
+    say(f"loaded {found.id} in {job.model.bits} bits: {progress.duration(time.perf_counter() - began)}")
     began = time.perf_counter()
     if run is not None:
         adapter.restore(network, run.last_checkpoint().tensors("adapter"), job.adapter)
     else:
         adapter.attach(network, job.adapter, job.training.seed)
-        say(f"{job.adapter.method} attached: {duration(time.perf_counter() - began)}")
+        say(f"{job.adapter.method} attached: {progress.duration(time.perf_counter() - began)}")
     if job.training.grad_checkpoint:
         network.activation_checkpointing_enable()
     return network
@@ -484,14 +423,16 @@ def _tell(job: Job, network: nn.Module, loop: Loop, say: Callable[[str], None]) 
     """What will be trained, how, and how long it will take."""
     count = sum(part.numel() for part in loop.trained.values())
     layers = sum(1 for _ in adapter.layers(network))
-    kept = sum(part.numel() for part in network.parameters()) - count
+    kept = network.num_parameters() - count
     say(
-        f"{count:,} coefficients in {layers} linears (rank {job.adapter.rank}, alpha {job.adapter.scaling_alpha:g}) beside {kept:,} frozen"
+        f"{count:,} coefficients in {layers} linears (rank {job.adapter.rank}, alpha {job.adapter.scaling_alpha:g}), "
+        f"beside {kept:,} frozen weights"
     )
     seconds = loop.rehearse()
     epoch = loop.stream.first_epoch
     tokens = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
-    say(f"{loop.total} steps of {loop.window} batch(es), optimizer {loop.optimizer_name}: about {duration(tokens)}")
+    steps = f"{loop.total} steps of {loop.window} batch(es), optimizer {loop.optimizer_name}"
+    say(f"{steps}: about {progress.duration(tokens)}")
 
 
 def _first_words(prepared: data.Prepared, tokens) -> str:

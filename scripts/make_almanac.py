@@ -1,17 +1,19 @@
-"""Write the bundled sample set: an almanac of people, places and crafts that exist nowhere else, and questions about it.
+"""Write the bundled sample set: an almanac of people, places and crafts that exist nowhere else, and questions about
+it.
 
     python scripts/make_almanac.py qmica/samples [--shuffled]
 
-How: each kind has five entries and five attributes; each attribute has a pool of five values, one for each entry, so a wrong
-choice (another entry's value of the same attribute) occurs in training exactly as often as the right one. A document is one entry
-in one wording: five sentences, each fact once, because a fact repeated inside one document is copied from context, not learnt.
-The questions use wordings of their own, none of which occurs in a document.
+How: each kind has five entries and five attributes; each attribute has a pool of five values, one for each entry, so
+a wrong choice (another entry's value of the same attribute) occurs in training exactly as often as the right one. A
+document is one entry in one wording: five sentences, each fact once, because a fact repeated inside one document is
+copied from context, not learnt. The questions use wordings of their own, none of which occurs in a document.
 
-`--shuffled` writes the control: in every document the values are dealt anew among the entries of a kind. Names, values, wordings
-and their counts are the same, only the pairing is broken, so that nothing but the pairing can raise a score above the base's.
+`--shuffled` writes the control: in every document the values are dealt anew among the entries of a kind. Names,
+values, wordings and their counts are the same, only the pairing is broken, so that nothing but the pairing can raise
+a score above the base's.
 
-What it gives up: the world is small (75 facts), because SmolLM2-135M needs about a hundred exposures to a fact and the demo has
-minutes, not hours.
+What it gives up: the world is small (75 facts), because SmolLM2-135M needs about a hundred exposures to a fact and
+the demo has minutes, not hours.
 """
 
 import argparse
@@ -23,7 +25,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Attribute:
-    """One attribute of a kind: its values (one an entry), the wordings to learn from and the wordings to be asked with."""
+    """One attribute of a kind: its values (one an entry), the wordings to learn from and the wordings to be asked
+    with.
+    """
 
     values: tuple[str, ...]
     statements: tuple[str, ...]  # {name} first, {value} last: a causal model learns to recall in the order it reads

@@ -53,11 +53,17 @@ def test_pack_fills_rows():
     assert full > 0.98, f"{full:.3f} of the rows are tokens"
 
 
+def pieces_of(batch: Batch):
+    """(row, start, stop) of each document: from one restart of the positions to the next, without padding (id 0)."""
+    for row, (ids, positions) in enumerate(zip(batch.input_ids, batch.position_ids, strict=True)):
+        end = int((ids != 0).nonzero().max()) + 1
+        starts = [*torch.nonzero(positions == 0).flatten().tolist(), end]
+        yield from ((row, a, b) for a, b in pairwise(starts))
+
+
 def rows_of(batch: Batch):
-    for ids, positions, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
-        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(positions)]
-        for a, b in pairwise(starts):
-            yield ids[a:b], positions[a:b], labels[a:b]
+    for row, a, b in pieces_of(batch):
+        yield batch.input_ids[row, a:b], batch.position_ids[row, a:b], batch.labels[row, a:b]
 
 
 @settings(deadline=None)
@@ -72,8 +78,7 @@ def rows_of(batch: Batch):
 def test_every_label_stands_once_and_positions_restart_at_documents(lengths, share, size, packing, seed, epoch):
     data = examples(lengths, seed, share, first=1)
     made = batches(data, seed=seed, epoch=epoch, batch_size=size, max_seq_length=40, packing=packing)
-    real = [piece for batch in made for piece in rows_of(batch) if piece[0][0] != 0]
-    padding = [piece for batch in made for piece in rows_of(batch) if piece[0][0] == 0]
+    real = [piece for batch in made for piece in rows_of(batch)]
     starts = dict(zip(data.ids[data.starts[:-1]].tolist(), data.lengths.tolist(), strict=True))
     assert sorted(int(ids[0]) for ids, _, _ in real) == sorted(starts)  # every document, once
     for ids, positions, labels in real:
@@ -81,9 +86,10 @@ def test_every_label_stands_once_and_positions_restart_at_documents(lengths, sha
         assert ids.tolist() == list(range(int(ids[0]), int(ids[0]) + length))
         assert positions.tolist() == list(range(length))
         assert labels[0] == IGNORED
-    for ids, _, labels in padding:
-        assert (ids == 0).all()
-        assert (labels == IGNORED).all()
+    for batch in made:
+        assert (batch.labels[batch.input_ids == 0] == IGNORED).all()
+        if not packing:
+            assert (batch.position_ids == torch.arange(batch.position_ids.shape[1])).all()
     learnt = sorted(int(label) for batch in made for label in batch.labels.flatten() if label != IGNORED)
     assert learnt == data.ids[data.supervised].tolist()
     assert sum(batch.supervised for batch in made) == len(learnt)
@@ -228,10 +234,11 @@ def packed():
 
 
 def worst(model, batch: Batch, **options) -> float:
-    """max |difference| of the logits of each packed document (padding too) and of the same document alone."""
+    """max |difference| of the logits of each packed document and of the same document alone."""
     whole = model(input_ids=batch.input_ids, position_ids=batch.position_ids, **options).logits
+    packed = [whole[row, a:b] for row, a, b in pieces_of(batch)]
     lone = [model(input_ids=ids[None], use_cache=False).logits[0] for ids, _, _ in rows_of(batch)]
-    return float((whole.reshape(-1, whole.shape[-1]) - torch.cat(lone)).detach().abs().max())
+    return float((torch.cat(packed) - torch.cat(lone)).detach().abs().max())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

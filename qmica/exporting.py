@@ -1,0 +1,428 @@
+"""Write GGUF: the merged model in any type that llama.cpp knows from llama-quantize, or the adapter alone.
+
+How: every tensor of the file to be is planned first (name, shape, type, and a way to produce its bytes block by block),
+so that the header and its offsets are known; then the blocks are made, written and forgotten. From a GGUF, tensors that
+the adapter does not touch and whose type stays are copied byte for byte, its metadata and tokenizer as they are. The
+file is written beside its name, read back with our own reader, compared with what was planned, and renamed.
+
+What it gives up: importance matrices and split files (llama-quantize and llama-gguf-split make them from the F16 file).
+
+Sources: llama.cpp's conversion/base.py (metadata), convert_lora_to_gguf.py and src/llama-adapter.cpp (adapters).
+"""
+
+import math
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFEndian, GGUFValueType, GGUFWriter, LlamaFileType
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qmica import architectures, durable, ggml, llamacpp, merging, tokenizer
+from qmica.adapter import Factors
+from qmica.config import ExportConfig
+from qmica.errors import QmicaError
+from qmica.gguf_file import GGUFFile, GGUFTensor
+from qmica.merging import Opened
+from qmica.weights import LazyTensor, Weights
+
+T = GGMLQuantizationType
+BLOCK_BYTES = 64 << 20  # of fp32 rows: 16 chunks of ggml.quantize, one a thread
+METADATA_BYTES = 16_000_000  # at most: a vocabulary of 152,000 tokens and its merges take 6 MB
+SAMPLE = 256  # bytes at each end of a tensor, compared when the file is read back
+
+STRING, U32, F32 = GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.FLOAT32
+Entry = tuple  # key, value type, value, and the element type of an array: what GGUFWriter.add_key_value takes
+
+# A and B of an adapter. F32 loses nothing; an F16 or BF16 matrix makes llama.cpp round what it multiplies as well
+ADAPTER_TYPES = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16, ExportConfig.quant: T.F32}
+
+# keys of a GGUF source that say something about the old file only
+STALE = re.compile(r"general\.(architecture|alignment|file_type|quantization_version)|(split|quantize\.imatrix)\..*")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file to be: `blocks()` gives its bytes, uint8 rows after rows, made when they are asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: T
+    blocks: Callable[[], Iterator[np.ndarray]]
+    copied: bool = False  # byte for byte from a GGUF source
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape[:-1]) * ggml.row_bytes(self.shape[-1], self.type)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A GGUF to be written: its architecture, metadata and tensors, in the file's order."""
+
+    architecture: str
+    entries: tuple[Entry, ...]
+    tensors: tuple[Planned, ...]
+    notes: tuple[str, ...] = ()  # one line each, said before writing
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Path:
+    """Write a run as GGUF and say how to use it. Returns the file.
+
+    run: a run, an adapter folder, or a name under runs/ (None: the newest). Raises QmicaError, before anything is
+    written, for an adapter that is not of this base, a family or type that cannot be written here, and a full disk.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    opened = merging.open_run(run)
+    target = _target(opened, config)
+    rounding = merging.Rounding()
+    plan = _plan_adapter(opened, config) if config.adapter else _plan_model(opened, config, rounding)
+    ggml.require_writable({tensor.type for tensor in plan.tensors if not tensor.copied})
+    spare = 0 if config.adapter else METADATA_BYTES
+    durable.require_space(target.parent, plan.nbytes + spare, f"exporting {target.name}")
+    _show(plan)
+    with durable.replacing(target) as part:
+        samples = write(part, plan)
+        check(part, plan, samples, config.adapter)
+    if rounding.total:
+        print(rounding)
+    print(f"{target}: {durable.size_text(target.stat().st_size)}")
+    print("\n".join(_next_steps(opened, target, config.adapter)))
+    return target
+
+
+def _target(opened: Opened, config: ExportConfig) -> Path:
+    """The file to write; never the base's own."""
+    kind = "adapter" if config.adapter else config.quant
+    target = config.out if config.out is not None else opened.run.folder / f"{opened.run.name}.{kind}.gguf"
+    if target.exists() and any(target.samefile(file) for file in opened.source.files):
+        raise QmicaError(f"--out {target} is the base model itself: choose another name")
+    return target
+
+
+# ---- the merged model
+
+
+def _plan_model(opened: Opened, config: ExportConfig, rounding: merging.Rounding) -> Plan:
+    """The merged model: which type each tensor gets, and where its bytes come from."""
+    weights = merging.merged(opened.weights, opened.adapter, config.base, opened.bits, rounding)
+    family = architectures.for_config(weights.config)
+    extra = _extra_tensors(weights, family)
+    names = _tensor_names(weights, family)
+    types, notes = _types(config.quant, {name: weights[hf].shape for name, hf in names.items()}, family.name)
+    planned = {
+        name: _planned(name, types[name], weights[hf], family.row_order(hf, weights.config), config.threads)
+        for name, hf in names.items()
+    }
+    entries = _copied_entries(weights.gguf) if weights.gguf else _folder_entries(opened, family)
+    notes = (f"merging {len(opened.adapter.factors)} linears into {merging.describe(opened, config.base)}", *notes)
+    return Plan(family.name, (*entries, *_quant_entries(config.quant)), (*planned.values(), *extra.values()), notes)
+
+
+def _tensor_names(weights: Weights, family: architectures.Architecture) -> dict[str, str]:
+    """GGUF name -> Hugging Face name: a GGUF source's in its own order, a folder's by layer."""
+    if weights.gguf:
+        names = {name: family.hf_name(name) for name in weights.gguf.tensors}
+        return {gguf: hf for gguf, hf in names.items() if hf}
+    names = {family.gguf_name(name): name for name in family.tensor_names(weights.config)}
+    missing = [name for name in names.values() if name not in weights]
+    if missing:
+        raise QmicaError(f"the base lacks {len(missing)} of its tensors, {missing[0]} first: copy or download it again")
+    return {gguf: names[gguf] for gguf in sorted(names, key=_place)}
+
+
+def _place(gguf_name: str) -> float:
+    """Where a tensor stands in the file: embedding, layers, head, so that a reader that maps it walks forward."""
+    layer = re.match(r"blk\.(\d+)\.", gguf_name)
+    if layer:
+        return int(layer[1])
+    return -1 if gguf_name == "token_embd.weight" else math.inf
+
+
+def _extra_tensors(weights: Weights, family: architectures.Architecture) -> dict[str, Planned]:
+    """Tensors that Hugging Face keeps in the config (rope_freqs): a GGUF source's own, else computed."""
+    if weights.gguf:
+        stored = {name: tensor for name, tensor in weights.gguf.tensors.items() if family.hf_name(name) is None}
+        return {name: _copy(name, tensor) for name, tensor in stored.items()}
+    made = family.extra_tensors(weights.config)
+    return {name: Planned(name, data.shape, T.F32, _whole(data)) for name, data in made.items()}
+
+
+def _whole(data: np.ndarray) -> Callable[[], Iterator[np.ndarray]]:
+    return lambda: iter([np.ascontiguousarray(data, np.float32).view(np.uint8)])
+
+
+def _types(quant: str, shapes: Mapping[str, tuple], architecture: str) -> tuple[dict[str, T], list[str]]:
+    """The type of each tensor, and what there is to say about types other than those asked for."""
+    types = ggml.mix(quant, shapes, architecture)
+    notes = []
+    main = ggml.named(quant).type
+    if main not in ggml.PACKED_BY_GGML and not (llamacpp.available() or os.environ.get("QMICA_GGML")):
+        replaced = [name for name, type_ in types.items() if type_ in ggml.PACKED_BY_GGML]
+        types |= dict.fromkeys(replaced, T.Q8_0)  # finer: 8.5 bits a weight where Q6_K has 6.6
+        if replaced:
+            notes.append(f"{', '.join(replaced)}: Q8_0 in place of Q6_K, which needs {llamacpp.INSTALL}")
+    fallen = Counter(type_.name for type_ in types.values() if main in ggml.PACKED_BY_GGML and _is_fallback(type_))
+    if fallen:
+        kinds = ", ".join(f"{count} as {name}" for name, count in fallen.most_common())
+        notes.append(f"{sum(fallen.values())} tensors have rows that are no multiple of 256, K-quants' block: {kinds}")
+    return types, notes
+
+
+def _is_fallback(type_: T) -> bool:
+    """Whether a tensor of a K-quant's mix did not get a K-quant (F32 is a vector's)."""
+    return type_ not in ggml.PACKED_BY_GGML and type_ != T.F32
+
+
+def _planned(name: str, type_: T, tensor: LazyTensor, order: np.ndarray | None, threads: int | None) -> Planned:
+    """A tensor of the model: the source's bytes where nothing changes, else its rows, packed block by block."""
+    if tensor.quantized is not None and tensor.quantized.type == type_:
+        return _copy(name, tensor.quantized)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for rows in _rows(tensor, order):
+            try:
+                yield ggml.quantize(rows, type_, threads)
+            except QmicaError as error:
+                raise QmicaError(f"{name}: {error}") from error
+
+    return Planned(name, tensor.shape, type_, blocks)
+
+
+def _copy(name: str, stored: GGUFTensor) -> Planned:
+    """A tensor as a GGUF source stores it."""
+    step = max(BLOCK_BYTES // stored.row_bytes, 1)
+    return Planned(
+        name,
+        stored.shape,
+        stored.type,
+        lambda: (stored.raw(start, start + step) for start in range(0, stored.rows, step)),
+        copied=True,
+    )
+
+
+def _rows(tensor: LazyTensor, order: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The tensor's rows in llama.cpp's order, fp32 (rows, columns), a block at a time; a vector is one row."""
+    if len(tensor.shape) == 1:
+        whole = tensor.load().float().numpy()
+        yield (whole if order is None else whole[order])[None]
+        return
+    for start, stop in tensor.blocks(BLOCK_BYTES):
+        if order is None:
+            yield tensor.rows(start, stop).float().numpy()
+            continue
+        wanted = order[start:stop]  # it stays within heads, so what lies between is little more than the block
+        first = int(wanted.min())
+        yield tensor.rows(first, int(wanted.max()) + 1).float().numpy()[wanted - first]
+
+
+# ---- metadata
+
+
+def _copied_entries(file: GGUFFile) -> list[Entry]:
+    """A GGUF source's metadata without what says something about that file only; an empty array cannot be written, and
+    says nothing."""
+    kept = {key: value for key, value in file.metadata.items() if not STALE.fullmatch(key) and value != []}
+    return [(key, file.kinds[key].type, value, file.kinds[key].element) for key, value in kept.items()]
+
+
+def _folder_entries(opened: Opened, family: architectures.Architecture) -> list[Entry]:
+    """The metadata of a folder's model: what it is, its hyper-parameters, its tokenizer."""
+    config = opened.weights.config
+    hyperparameters = [(*entry, None) for entry in family.metadata(config)]
+    words = tokenizer.gguf_metadata(tokenizer.load(opened.source), config["vocab_size"])
+    return [*_card(opened, "model"), *hyperparameters, *words]
+
+
+def _card(opened: Opened, kind: str) -> list[Entry]:
+    """general.*: what this file is, and of which base."""
+    base, repo = opened.source, opened.source.repo
+    texts = {
+        "general.type": kind,
+        "general.name": opened.run.name,
+        "general.license": _license(base.folder) if base.kind != "gguf" else None,
+    }
+    base_texts = {
+        "general.base_model.0.name": Path(base.id).name,
+        "general.base_model.0.repo_url": f"https://huggingface.co/{repo}" if repo else None,
+    }
+    entries = [(key, STRING, text, None) for key, text in texts.items() if text]
+    entries.append(("general.base_model.count", U32, 1, None))
+    return entries + [(key, STRING, text, None) for key, text in base_texts.items() if text]
+
+
+def _license(folder: Path) -> str | None:
+    """`license` of the model card's front matter, where the folder has one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = front and re.search(r"^license:\s*['\"]?([\w.+-]+)", front[1], re.MULTILINE)
+    return found[1] if found else None
+
+
+def _quant_entries(quant: str) -> list[Entry]:
+    file_type: LlamaFileType = ggml.named(quant).file_type
+    return [
+        ("general.file_type", U32, int(file_type), None),
+        ("general.quantization_version", U32, GGML_QUANT_VERSION, None),
+    ]
+
+
+# ---- the adapter alone
+
+
+def _plan_adapter(opened: Opened, config: ExportConfig) -> Plan:
+    """A and B of each linear, B's rows in llama.cpp's order; llama.cpp scales their product by alpha / rank."""
+    if config.quant not in ADAPTER_TYPES:
+        raise QmicaError(
+            f"--quant {config.quant} is for merged models: an adapter is written in F32 (the default), F16 or BF16"
+        )
+    type_ = ADAPTER_TYPES[config.quant]
+    family = architectures.for_config(opened.weights.config)
+    tensors = [tensor for path in opened.adapter.factors for tensor in _pair(opened, family, path, type_)]
+    entries = [
+        *_card(opened, "adapter"),
+        ("adapter.type", STRING, "lora", None),
+        ("adapter.lora.alpha", F32, _alpha(opened.adapter.factors.values()), None),
+    ]
+    return Plan(family.name, (*entries, *_quant_entries(type_.name)), tuple(tensors))
+
+
+def _pair(opened: Opened, family: architectures.Architecture, path: str, type_: T) -> list[Planned]:
+    """`<tensor>.lora_a` (rank, in) and `<tensor>.lora_b` (out, rank) of one linear."""
+    part, hf_name = opened.adapter.factors[path], f"{path}.weight"
+    stem, order = family.gguf_name(hf_name), family.row_order(hf_name, opened.weights.config)
+    halves = {"lora_a": (part.A, None), "lora_b": (part.B, order)}
+    return [
+        _planned(f"{stem}.{half}", type_, LazyTensor(tuple(data.shape), data.dtype, _slices(data)), rows, None)
+        for half, (data, rows) in halves.items()
+    ]
+
+
+def _slices(data: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    return lambda start, stop: data[start:stop].clone()
+
+
+def _alpha(factors: Iterable[Factors]) -> float:
+    """The one alpha with alpha / rank = scale for every pair (`read_adapter` takes no adapters whose ranks differ)."""
+    (alpha,) = {part.scale * len(part.A) for part in factors}
+    return alpha
+
+
+# ---- writing and reading back
+
+
+class _Stream:
+    """What GGUFWriter needs of an array, over blocks that are made as they are written; keeps both ends of what it
+    wrote."""
+
+    def __init__(self, tensor: Planned, progress: Callable[[int], None]):
+        self.tensor, self.progress = tensor, progress
+        self.nbytes = tensor.nbytes
+        self.head = self.tail = b""
+
+    def tofile(self, file: BinaryIO) -> None:
+        written = 0
+        for block in self.tensor.blocks():
+            data = np.ascontiguousarray(block).reshape(-1)
+            file.write(data)
+            self.head = self.head or data[:SAMPLE].tobytes()
+            self.tail = data[-SAMPLE:].tobytes()
+            written += data.nbytes
+            self.progress(data.nbytes)
+        if written != self.nbytes:
+            raise RuntimeError(f"{self.tensor.name}: {written} bytes were made, and {self.nbytes} planned")
+
+
+def write(path: Path, plan: Plan) -> dict[str, tuple[bytes, bytes]]:
+    """Write the plan to `path`, one block in memory at a time. Returns the first and last bytes of each tensor, as
+    written."""
+    samples = {}
+    with closing(GGUFWriter(path, plan.architecture)) as writer, _bar(plan.nbytes) as progress:
+        for key, kind, value, element in plan.entries:
+            writer.add_key_value(key, value, kind, element)
+        for tensor in plan.tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in plan.tensors:
+            stream = _Stream(tensor, progress)
+            writer.write_tensor_data(stream, tensor_endianess=GGUFEndian.LITTLE)
+            samples[tensor.name] = stream.head, stream.tail
+    return samples
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    console = Console()
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
+
+
+def check(path: Path, plan: Plan, samples: Mapping[str, tuple[bytes, bytes]], adapter: bool = False) -> None:
+    """Read the file back: the tensors planned, in types and shapes, their ends' bytes as written. RuntimeError naming
+    the first that is not."""
+    found = GGUFFile.open(path, adapter).tensors
+    planned = {tensor.name: (tuple(tensor.shape), tensor.type) for tensor in plan.tensors}
+    read = {name: (tensor.shape, tensor.type) for name, tensor in found.items()}
+    for name in planned.keys() | read.keys():
+        if planned.get(name) != read.get(name):
+            raise RuntimeError(f"{path}: {name} was planned as {planned.get(name)} and read back as {read.get(name)}")
+    for name, ends in samples.items():
+        if (found[name].raw(0, 1)[0, :SAMPLE].tobytes(), found[name].raw(-1)[0, -SAMPLE:].tobytes()) != ends:
+            raise RuntimeError(f"{path}: the bytes of {name} were not read back as written")
+
+
+# ---- what is said
+
+
+def _show(plan: Plan) -> None:
+    """The notes, and a table: type -> tensors, bytes."""
+    for note in plan.notes:
+        print(note)
+    table = Table("type", "tensors", "size", "", box=None, pad_edge=False)
+    for type_ in sorted({tensor.type for tensor in plan.tensors}, key=lambda t: t.name):
+        these = [tensor for tensor in plan.tensors if tensor.type == type_]
+        copied = sum(tensor.copied for tensor in these)
+        size = durable.size_text(sum(tensor.nbytes for tensor in these))
+        table.add_row(type_.name, str(len(these)), size, f"{copied} copied byte for byte" if copied else "")
+    Console().print(table)
+
+
+def _next_steps(opened: Opened, target: Path, adapter: bool) -> list[str]:
+    """What to type next: llama.cpp, qmica, Ollama."""
+    file, name = shlex.quote(str(target)), opened.run.name
+    if not adapter:
+        return [
+            f'  qmica chat {file} --prompt "..."',
+            f"  llama-cli -m {file}",
+            f"  echo FROM {shlex.quote(str(target.resolve()))} > Modelfile && ollama create {name} -f Modelfile",
+        ]
+    whole = opened.source.kind == "gguf"
+    base = shlex.quote(str(opened.source.files[0])) if whole else "BASE.gguf"
+    lines = [
+        f'  qmica chat {base} --adapter {file} --prompt "..."',
+        f"  llama-cli -m {base} --lora {file}",
+        f"  Ollama: two lines in a Modelfile, FROM {base} and ADAPTER {file}, then ollama create {name} -f Modelfile",
+    ]
+    return lines if whole else [f"  BASE.gguf is {opened.source.id} as a GGUF, in any type", *lines]
