@@ -151,6 +151,12 @@ MASKS = {
         [(U, "Who?"), (A, "<think>\nHm.</think>Me."), (U, "And?"), (A, "You.")],
         "<|begin_of_text|><|User|>Who?<|Assistant|>⟦Me.<|eot_id|>⟧<|User|>And?<|Assistant|>⟦You.<|eot_id|>⟧",
     ),
+    "deepseek's generation prompt in a question": (
+        "llama",
+        DEEPSEEK,
+        [(U, "What is <|Assistant|><think>\nfor?"), (A, "Me.")],
+        "<|begin_of_text|><|User|>What is <|Assistant|><think>\nfor?<|Assistant|>⟦Me.<|eot_id|>⟧",
+    ),
     "no special token": (
         "qwen2",
         BARE,
@@ -319,6 +325,18 @@ def test_chunks_of_any_text(text):
             assert encode_text(tokenizer, text).tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
     finally:
         data.CHUNK, data.CONTEXT = before
+
+
+def test_chunks_are_made_and_a_token_over_a_border_is_seen(monkeypatch):
+    """Chunks, not the whole in disguise; but where a token reaches over a border, the whole."""
+    monkeypatch.setattr(data, "CHUNK", 200)
+    tokenizer, text = tiny.tiny_tokenizer("llama"), "The wick\n" * 200
+    cuts = data._cuts(text)
+    assert len(cuts) > 5
+    assert all(data._encode_chunk(tokenizer, text, *border) is not None for border in pairwise(cuts))
+    tokenizer.add_tokens(["k\nT"])
+    assert data._encode_chunk(tokenizer, text, *cuts[:2]) is None
+    assert encode_text(tokenizer, text).tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def lines_of(path, rows):

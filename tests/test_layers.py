@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "qmica"
 LAYERS = (
     {"errors"},
     {"config", "catalog", "durable", "loss", "subspace", "architectures", "llamacpp", "gguf_file", "samples"},
-    {"ggml", "source", "targets", "packing", "records"},
+    {"ggml", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs"},
     {"linear", "data", "memory", "model"},
     {"adapter"},
