@@ -48,6 +48,8 @@ def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
         adapters = [(config.adapter, 1.0)] if config.adapter else []
         llama = Llama(path, adapters, context=config.ctx, threads=config.threads, exact=False)
         return _llama_answers(stack.enter_context(llama), config)
+    if path is not None and path.suffix.lower() == ".gguf" and not path.exists():
+        raise QmicaError(f"{path} does not exist: give a .gguf, a run folder, or nothing for the newest run")
     if config.adapter:
         raise QmicaError("--adapter is for a GGUF file: a run brings its own adapter")
     if config.threads:
@@ -60,7 +62,7 @@ def _llama_answers(llama: Llama, config: ChatConfig) -> Answer:
         if llama.has_chat_template:
             prompt = llama.chat_tokens(messages)
         else:
-            prompt = llama.tokenize(messages[-1]["content"], add_bos=True)
+            prompt = llama.tokenize(_plain_text(messages), add_bos=True)
         ids = llama.generate(prompt, max_tokens=config.max_tokens, temperature=config.temp, seed=config.seed)
         return llama.pieces(ids)
 
@@ -77,6 +79,10 @@ def _transformers_answers(network: torch.nn.Module, tokens, config: ChatConfig) 
     def answer(messages: Messages) -> Iterator[str]:
         torch.manual_seed(config.seed)
         ids = _prompt_ids(tokens, messages).to(network.device)
+        if ids.shape[1] > config.ctx:
+            raise QmicaError(
+                f"{ids.shape[1]} tokens do not fit into the context of {config.ctx}: shorten the text or raise --ctx"
+            )
         streamer = TextIteratorStreamer(tokens, skip_prompt=True, skip_special_tokens=True)
         room = max(1, min(config.max_tokens, config.ctx - ids.shape[1]))
         stopped = threading.Event()
@@ -116,9 +122,15 @@ def _streamed(network, arguments: dict, streamer, stopped: threading.Event) -> I
         raise failures[0]
 
 
+def _plain_text(messages: Messages) -> str:
+    """What a model without a chat template goes on with: the last turn, behind the system message if there is one."""
+    system = [message["content"] for message in messages[:1] if message["role"] == "system"]
+    return "\n\n".join([*system, messages[-1]["content"]])
+
+
 def _prompt_ids(tokens, messages: Messages) -> torch.Tensor:
     if not tokens.chat_template:
-        return tokens(messages[-1]["content"], return_tensors="pt")["input_ids"]
+        return tokens(_plain_text(messages), return_tensors="pt")["input_ids"]
     return tokens.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
         "input_ids"
     ]
@@ -146,6 +158,11 @@ def _converse(answer: Answer, messages: Messages) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if question:
-            messages.append({"role": "user", "content": question})
+        if not question:
+            continue
+        messages.append({"role": "user", "content": question})
+        try:
             messages.append({"role": "assistant", "content": _say(answer(messages))})
+        except QmicaError as error:  # too long a question must not cost the conversation
+            messages.pop()
+            print(error)

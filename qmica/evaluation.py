@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,7 @@ from qmica.llamacpp import Llama
 from qmica.records import Question, read_questions
 
 ROWS = 8  # questions at once in transformers
+WINDOWS = 4  # windows of text at once: 2048 tokens share one dequantization of the weights
 WORDS = 24  # tokens of a free answer
 
 
@@ -62,18 +64,21 @@ class InTransformers:
             yield from branch_scores(self.network, asked[start : start + ROWS])
 
     @torch.no_grad()
-    def words(self, prompt: list[int]) -> str:
-        ids = torch.tensor([prompt], device=self.network.device)
+    def words(self, prompts: Sequence[list[int]]) -> Iterator[str]:
+        """All at once, padded on the left: a step dequantizes every weight once, however many rows it has."""
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.network.device)
+        seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         ends = sorted(tokenizer.end_of_turn_ids(self.tokens, self.network.generation_config))
         out = self.network.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=seen.to(ids.device),
             max_new_tokens=WORDS,
             do_sample=False,
             eos_token_id=ends,
-            pad_token_id=0,
+            pad_token_id=ends[0],
         )
-        return self.tokens.decode(out[0, len(prompt) :], skip_special_tokens=True)
+        return (self.tokens.decode(row[longest:], skip_special_tokens=True) for row in out)
 
 
 class InLlamaCpp:
@@ -95,8 +100,9 @@ class InLlamaCpp:
         for prompt, answers in asked:
             yield [float(part.mean()) for part in self.llama.log_probabilities(prompt, answers)]
 
-    def words(self, prompt: list[int]) -> str:
-        return "".join(self.llama.pieces(self.llama.generate(prompt, max_tokens=WORDS)))
+    def words(self, prompts: Sequence[list[int]]) -> Iterator[str]:
+        for prompt in prompts:
+            yield "".join(self.llama.pieces(self.llama.generate(prompt, max_tokens=WORDS)))
 
 
 def plain_prompt(question: str) -> str:
@@ -162,10 +168,8 @@ def accuracy(reader: InTransformers | InLlamaCpp, questions: Sequence[Question])
 
 def free_answers(reader: InTransformers | InLlamaCpp, questions: Sequence[Question]) -> str:
     """How many questions are answered greedily with the exact value somewhere in the answer, as "9/20"."""
-    right = sum(
-        question.choices[question.answer].lower() in reader.words(reader.prompt(question.question)).lower()
-        for question in questions
-    )
+    said = reader.words([reader.prompt(question.question) for question in questions])
+    right = sum(q.choices[q.answer].lower() in text.lower() for q, text in zip(questions, said, strict=True))
     return f"{right}/{len(questions)}"
 
 
@@ -184,6 +188,8 @@ def evaluate(
     Raises QmicaError for a missing run, unusable data or questions.
     """
     say = (lambda text: None) if as_json else print
+    if model_config is not None and model_config.threads:
+        torch.set_num_threads(model_config.threads)
     if model_config is not None:
         found = source.resolve(model_config.model, model_config.revision, say)
         network = model.load(found, model_config.bits, model_config.dtype, model_config.device)
@@ -217,8 +223,10 @@ def _questions(config: EvalConfig, learnt_sample: bool) -> list[Question]:
 def _text(config: EvalConfig, tokens, say: Callable[[str], None]) -> list[packing.Batch]:
     """Windows of the text whose perplexity is measured."""
     prepared = data.prepare(config.data or samples.GENERAL, tokens, max_seq_length=config.max_seq_length, say=say)
-    epoch = packing.batches(prepared.train, seed=0, epoch=0, batch_size=1, max_seq_length=config.max_seq_length)
-    return [epoch[i] for i in range(min(len(epoch), config.limit or len(epoch)))]
+    windows = prepared.train
+    if config.limit is not None:
+        windows = windows.select(np.arange(len(windows)) < config.limit)
+    return list(packing.batches(windows, seed=0, epoch=0, batch_size=WINDOWS, max_seq_length=config.max_seq_length))
 
 
 def _score_network(name: str, network, tuned: bool, tokens, questions, batches, config: EvalConfig) -> Scores:
@@ -230,7 +238,7 @@ def _score_network(name: str, network, tuned: bool, tokens, questions, batches, 
 
 def _score_gguf(spec: Path, questions: list[Question], config: EvalConfig) -> Scores:
     """A GGUF, or FILE+ADAPTER, asked in llama.cpp."""
-    file, _, extra = str(spec).partition("+")
+    file, _, extra = (str(spec), "", "") if spec.exists() else str(spec).partition("+")  # a name may have a + in it
     with Llama(file, [(extra, 1.0)] if extra else []) as llama:
         name = Path(file).name + (f" + {Path(extra).name}" if extra else "")
         return Scores(name, None, None, *_answers(InLlamaCpp(llama), questions, config))

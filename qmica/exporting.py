@@ -23,7 +23,15 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFEndian, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFEndian,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+)
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -177,16 +185,14 @@ def _types(quant: str, shapes: Mapping[str, tuple], architecture: str) -> tuple[
         types |= dict.fromkeys(replaced, T.Q8_0)  # finer: 8.5 bits a weight where Q6_K has 6.6
         if replaced:
             notes.append(f"{', '.join(replaced)}: Q8_0 in place of Q6_K, which needs {llamacpp.INSTALL}")
-    fallen = Counter(type_.name for type_ in types.values() if main in ggml.PACKED_BY_GGML and _is_fallback(type_))
+    block = GGML_QUANT_SIZES[main][0]
+    fallen = Counter(t.name for name, t in types.items() if t != T.F32 and shapes[name][-1] % block)
     if fallen:
         kinds = ", ".join(f"{count} as {name}" for name, count in fallen.most_common())
-        notes.append(f"{sum(fallen.values())} tensors have rows that are no multiple of 256, K-quants' block: {kinds}")
+        notes.append(
+            f"{fallen.total()} tensors have rows that are no multiple of {main.name}'s block of {block}: {kinds}"
+        )
     return types, notes
-
-
-def _is_fallback(type_: T) -> bool:
-    """Whether a tensor of a K-quant's mix did not get a K-quant (F32 is a vector's)."""
-    return type_ not in ggml.PACKED_BY_GGML and type_ != T.F32
 
 
 def _planned(name: str, type_: T, tensor: LazyTensor, order: np.ndarray | None, threads: int | None) -> Planned:
@@ -293,6 +299,8 @@ def _plan_adapter(opened: Opened, config: ExportConfig) -> Plan:
         raise QmicaError(
             f"--quant {config.quant} is for merged models: an adapter is written in F32 (the default), F16 or BF16"
         )
+    if config.base != "original":
+        raise QmicaError(f"--base {config.base} is for merged models: an adapter has no base in it, leave --base out")
     type_ = ADAPTER_TYPES[config.quant]
     family = architectures.for_config(opened.weights.config)
     tensors = [tensor for path in opened.adapter.factors for tensor in _pair(opened, family, path, type_)]
@@ -301,7 +309,9 @@ def _plan_adapter(opened: Opened, config: ExportConfig) -> Plan:
         ("adapter.type", STRING, "lora", None),
         ("adapter.lora.alpha", F32, _alpha(opened.adapter.factors.values()), None),
     ]
-    return Plan(family.name, (*entries, *_quant_entries(type_.name)), tuple(tensors))
+    ranks = sorted({len(part.A) for part in opened.adapter.factors.values()})
+    notes = (f"{len(tensors) // 2} pairs of A and B, rank {', '.join(map(str, ranks))}, for {opened.source.name}",)
+    return Plan(family.name, (*entries, *_quant_entries(type_.name)), tuple(tensors), notes)
 
 
 def _pair(opened: Opened, family: architectures.Architecture, path: str, type_: T) -> list[Planned]:
@@ -389,7 +399,8 @@ def check(path: Path, plan: Plan, samples: Mapping[str, tuple[bytes, bytes]], ad
         if planned.get(name) != read.get(name):
             raise RuntimeError(f"{path}: {name} was planned as {planned.get(name)} and read back as {read.get(name)}")
     for name, ends in samples.items():
-        if (found[name].raw(0, 1)[0, :SAMPLE].tobytes(), found[name].raw(-1)[0, -SAMPLE:].tobytes()) != ends:
+        data = found[name].raw().reshape(-1)  # still a map: nothing is read but the ends
+        if (data[:SAMPLE].tobytes(), data[-SAMPLE:].tobytes()) != ends:
             raise RuntimeError(f"{path}: the bytes of {name} were not read back as written")
 
 

@@ -53,7 +53,7 @@ def plan(
             "adapter": sum(out for out, _ in rows) * adapter.rank * 2 + trained * 4,
             "gradients and optimizer": trained * 4 * 3,  # gradient and AdamW's two moments in fp32
             "activations": _activations(model, linears, tokens, size, training.grad_checkpoint),
-            "loss": loss.CHUNK_LOGITS * 4 * 3,  # logits, their softmax, their gradient
+            "loss": min(loss.CHUNK_LOGITS, tokens * model.config.vocab_size) * 4 * 3,  # logits, softmax, gradient
             "workspace": 2 * max(module.weight.numel() for module in linears.values()) * size,
             "libraries": IMPORTS,
         }

@@ -1,13 +1,13 @@
 """Examples (token ids and which are learnt) -> rows of packed documents -> the batches of an epoch.
 
 Rows: examples are packed into rows of max_seq_length by restarting position_ids, best fit in the seeded order.
-Padding is a document of its own behind the others, masked by its place, never by its token id. labels[t] is the
-target *of* token t (as in Hugging Face: the loss shifts); the first token of every example has none, as nothing of
-its own document stands before it. Everything is a function of (seed, epoch), so a resumed run needs no history; no
-batch exists before its turn.
+Padding stands behind the last document, which therefore never sees it; its labels are masked by its place, never by
+its token id. labels[t] is the target *of* token t (as in Hugging Face: the loss shifts); the first token of every
+example has none, as nothing of its own document stands before it. Everything is a function of (seed, epoch), so a
+resumed run needs no history; no batch exists before its turn.
 
 What it gives up: attention across the windows of one long document. Best fit fills rows to about 99 % on mixed
-lengths, but only as many rows are equal from epoch to epoch as chance has it: ask each epoch for its length.
+lengths, but the number of rows differs a little from epoch to epoch: ask each epoch for its length.
 """
 
 import bisect

@@ -3,6 +3,7 @@
 What it gives up: a bar in notebooks, which get the plain lines.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def shown(total: int, done: int = 0, wanted: bool = True) -> Iterator[Show]:
 
 def _plain(total: int, done: int) -> Show:
     """Prints about LINES lines, and every validation."""
-    every, began = max(1, total // LINES), time.perf_counter()
+    every, began = max(1, math.ceil((total - done) / LINES)), time.perf_counter()
 
     def show(row: dict) -> None:
         step = row["step"]

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -67,13 +68,18 @@ def train(
     run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
     network = _load(job, found, accelerator.device, say, run if resume else None)
     loop = Loop(job, run, network, prepared, accelerator)
+    record = _record(job, network, prepared, loop.optimizer_name)
     if resume is not None:
-        loop.restore(run.last_checkpoint())
-    else:
-        run.write_config(_record(job, network, prepared))
+        checkpoint = run.last_checkpoint()
+        _require_same(run, record)
+        loop.restore(checkpoint)
+        say(f"going on after step {loop.step}, from {checkpoint.folder}")
     _tell(job, network, loop, say)
     prompt = job.training.probe or _first_words(prepared, tokens)
     before = _answer(network, tokens, prompt, tuned=False)
+    if resume is None and accelerator.is_main_process:
+        run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose
+    _start_tracker(accelerator, job, run)
     loop.run()
     if accelerator.is_main_process:
         adapter.save_adapter(network, run.adapter)
@@ -165,19 +171,23 @@ class Loop:
         total = 0.0
         for batch in batches:
             part = loss.summed_loss(self.network, packing.to(batch, self.accelerator.device)) / supervised
-            self._require_finite(part)
+            self._require_finite(part, "loss")
             self.accelerator.backward(part)
             total += part.item()
             self.tokens += batch.tokens * self.accelerator.num_processes
         return total
 
-    def _require_finite(self, part: torch.Tensor) -> None:
-        if not torch.isfinite(part):
-            raise QmicaError(
-                f"the loss is {part.item()} at step {self.step + 1}, nothing was updated: lower --lr "
-                f"({self.options.lr:g}) or use --dtype fp32; what was saved is sound, qmica train --resume "
-                f"{self.run_folder.folder} goes on from there"
-            )
+    def _require_finite(self, value: torch.Tensor, what: str) -> None:
+        """Stop before an update that would ruin the weights. A resumed run would only come to the same step again."""
+        if torch.isfinite(value):
+            return
+        remedy = f"`qmica train -c {self.run_folder.folder / 'config.json'} --lr {self.options.lr / 4:g} --out NEW`"
+        if self.step == 0:
+            remedy = "nothing is learnt yet, so it is the model's own: use --dtype fp32, or another --model or --bits"
+        raise QmicaError(
+            f"the {what} is {value.item()} at step {self.step + 1}, which was not applied; lr was "
+            f"{self.lr(self.step):g}: {remedy}"
+        )
 
     def update(self) -> dict:
         """One step: its loss (nats a supervised token), learning rate and gradient norm."""
@@ -187,8 +197,11 @@ class Loop:
         mean = self._backward(*self._own(self.step))
         for parameter in self.trained.values():
             if self.accelerator.num_processes > 1:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # a short last window
+                parameter.grad = self.accelerator.reduce(own, "sum")
         norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.options.clip or math.inf)
+        if self.accelerator.scaler is None:  # fp16's scaler skips such steps by itself and lowers its scale
+            self._require_finite(norm, "gradient")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -204,18 +217,26 @@ class Loop:
     def rehearse(self) -> float:
         """Run the longest batch of the first epoch forward and backward, updating nothing: seconds a token.
 
-        What does not fit in memory fails here and not after hours.
+        What does not fit in memory fails here and not after hours. Raises QmicaError where a GPU's is too small.
         """
         epoch = self.stream.first_epoch
-        longest = max(range(min(len(epoch), 64)), key=lambda i: epoch[i].input_ids.numel())
-        seconds = []
-        for _ in range(2):  # the first one also pays for first use
-            began = time.perf_counter()
-            self._backward([epoch[longest]], 1)
-            seconds.append(time.perf_counter() - began)
+        longest = max((epoch[i] for i in range(min(len(epoch), 64))), key=lambda batch: batch.input_ids.numel())
+        tokens, seconds = self.tokens, []
+        self.network.train()  # activations are checkpointed in training mode only
+        try:
+            for _ in range(2):  # the first one also pays for first use
+                began = time.perf_counter()
+                self._backward([longest], longest.supervised)
+                seconds.append(time.perf_counter() - began)
+        except torch.OutOfMemoryError as error:
+            raise QmicaError(
+                f"a batch of {' x '.join(map(str, longest.input_ids.shape))} tokens does not fit into the memory of "
+                f"{self.accelerator.device}: a smaller --max-seq-length, --batch-size or --bits takes less"
+            ) from error
         self.optimizer.zero_grad(set_to_none=True)
-        self.tokens = 0
-        return min(seconds) / epoch[longest].tokens
+        self.network.eval()
+        self.tokens = tokens
+        return min(seconds) / longest.tokens
 
     # -- saving and going on
 
@@ -235,7 +256,8 @@ class Loop:
         if state["optimizer"] != self.optimizer_name:
             raise QmicaError(
                 f"{checkpoint.folder} was written with {state['optimizer']}, this machine runs {self.optimizer_name}: "
-                f"start it with --optimizer {state['optimizer']}"
+                f"resume it where {state['optimizer']} works, or begin a new run with `qmica train -c "
+                f"{self.run_folder.folder / 'config.json'} --out NEW`"
             )
         self.step, self.tokens = state["step"], state["tokens"]
         filled = self.optimizer.state_dict()
@@ -303,8 +325,30 @@ def _accelerator(job: Job) -> Accelerator:
     """The processes, the device, and a gradient scaler where fp16 needs one."""
     device = model.choose_device(job.model.device)
     scaled = model.choose_dtype(job.model.dtype, device) == torch.float16
-    tracker = None if job.training.report_to == "none" else job.training.report_to
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if scaled else "no", log_with=tracker)
+    if scaled and device.type == "cpu":
+        raise QmicaError("--dtype fp16 needs a GPU, whose gradient scaler it trains with: choose bf16, fp32 or auto")
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if scaled else "no", **_tracking(job.training))
+
+
+def _tracking(options: TrainingConfig) -> dict:
+    """Accelerator's arguments for --report-to. Raises QmicaError where the tracker is not installed: accelerate would
+    leave it out without a word.
+    """
+    name = options.report_to
+    if name == "none":
+        return {}
+    if find_spec(name) is None:
+        raise QmicaError(f"--report-to {name} needs its package: pip install 'qmica[{name}]'")
+    return {"log_with": name, "project_dir": "."}  # the run's folder is known later: _start_tracker
+
+
+def _start_tracker(accelerator: Accelerator, job: Job, run: runs.Run) -> None:
+    """Open the tracker in the run's folder, which its curves are then a part of."""
+    if job.training.report_to == "none":
+        return
+    accelerator.project_configuration.logging_dir = str(run.folder)
+    values = {name: value for name, value in job.flags().items() if isinstance(value, int | float | str)}
+    accelerator.init_trackers("qmica", config=values, init_kwargs={"wandb": {"name": run.name}})
 
 
 def _optimizer(
@@ -409,10 +453,23 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
     return network
 
 
-def _record(job: Job, network: nn.Module, prepared: data.Prepared) -> dict:
+def _require_same(run: runs.Run, record: dict) -> None:
+    """Raises QmicaError where the data or the base are no longer those that the run began with."""
+    began, now = run.config(), record
+    for part, key, what in (("data", "fingerprint", "the data"), ("base", "fingerprint", "the model")):
+        if began[part][key] != now[part][key]:
+            raise QmicaError(
+                f"{run.folder} cannot be resumed: {what} changed since it began (fingerprint {began[part][key]}, now "
+                f"{now[part][key]}); put it back, or begin a new run with `qmica train -c {run.folder}/config.json "
+                "--out NEW`"
+            )
+
+
+def _record(job: Job, network: nn.Module, prepared: data.Prepared, optimizer: str) -> dict:
     """What config.json holds."""
     return {
         "train": job.flags(),
+        "optimizer": optimizer,  # the one in use, which --optimizer names only where this machine has it
         "base": asdict(adapter.base_of(network)),
         "data": {"fingerprint": prepared.train.fingerprint(), **asdict(prepared.summary)},
         "versions": {package: version(package) for package in adapter.VERSIONED},

@@ -1,0 +1,86 @@
+"""Measure what the demo's training learns and forgets: several seeds, a control, other methods, in one table.
+
+    python scripts/bench_almanac.py --seeds 0 1 2 [--control] [--gguf] [-- FLAGS of qmica train]
+
+Each row is a `qmica train` with the flags of scripts/demo.sh (those after `--` come last and win), then `qmica eval`.
+The control learns the almanac with its values shuffled between entries (scripts/make_almanac.py --shuffled) and is
+asked the true questions: what it scores above the base does not come from knowing the facts. --gguf also asks each
+run's exported Q4_K_M file, and the original GGUF with the exported adapter, in llama.cpp.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+QUESTIONS = HERE.parent / "qmica" / "samples" / "almanac-questions.jsonl"
+
+
+def demo_flags() -> list[str]:
+    """The flags of the demo's `qmica train`, but for its seed and run folder."""
+    text = (HERE / "demo.sh").read_text().replace("\\\n", " ")
+    command = re.search(r"^run qmica train (.*)$", text, re.MULTILINE).group(1)
+    return shlex.split(re.sub(r"--(seed|out) \S+", "", command))
+
+
+def qmica(*arguments: object) -> str:
+    """Run a verb, its progress on stderr; what it printed."""
+    command = [sys.executable, "-m", "qmica", *map(str, arguments)]
+    print("$", shlex.join(command[2:]), file=sys.stderr, flush=True)
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def measure(folder: Path, flags: list[str], gguf: bool) -> dict[str, dict]:
+    """Train into a folder and evaluate it: scores by name."""
+    qmica("train", *flags, "--out", folder)
+    files = []
+    if gguf:
+        qmica("export", folder, "--quant", "Q4_K_M", "--out", folder / "merged.gguf")
+        qmica("export", folder, "--adapter", "--out", folder / "adapter.gguf")
+        known = json.loads(qmica("models", "--json"))["aliases"]
+        original = next(row["on_disk"]["path"] for row in known if row["name"] == "smollm2-135m")
+        files = ["--gguf", folder / "merged.gguf", "--gguf", f"{original}+{folder / 'adapter.gguf'}"]
+    said = json.loads(qmica("eval", folder, "--questions", QUESTIONS, "--free", 20, "--json", *files))
+    return {row["name"]: row for row in said["scores"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--control", action="store_true", help="also learn the shuffled almanac, with the first seed")
+    parser.add_argument("--gguf", action="store_true", help="also ask the exported files in llama.cpp")
+    parser.add_argument("flags", nargs="*", help="more flags of qmica train, after --")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        jobs = {f"seed {seed}": ["--seed", str(seed)] for seed in options.seeds}
+        if options.control:
+            subprocess.run([sys.executable, HERE / "make_almanac.py", home, "--shuffled"], check=True, stdout=sys.stderr)
+            jobs["control"] = ["--seed", str(options.seeds[0]), "--data", str(home / "almanac-shuffled.jsonl")]
+        gains, ratios = [], []
+        for name, extra in jobs.items():
+            scores = measure(home / name.replace(" ", "-"), [*demo_flags(), *extra, *options.flags], options.gguf)
+            base, tuned = scores.pop("base"), scores.pop("tuned")
+            gain, ratio = tuned["accuracy"] - base["accuracy"], tuned["perplexity"] / base["perplexity"]
+            print(
+                f"{name}: accuracy {base['accuracy']:.3f} -> {tuned['accuracy']:.3f} ({gain:+.3f}), perplexity "
+                f"{base['perplexity']:.2f} -> {tuned['perplexity']:.2f} (x {ratio:.3f}), free {base['free']} -> {tuned['free']}"
+            )
+            for file, row in scores.items():
+                print(f"  {file}: accuracy {row['accuracy']:.3f}, free {row['free']}")
+            sys.stdout.flush()
+            if name != "control":
+                gains.append(gain)
+                ratios.append(ratio)
+    for what, values in (("gain", gains), ("perplexity ratio", ratios)):
+        print(f"{what}: mean {statistics.mean(values):.3f}, {min(values):.3f} to {max(values):.3f}, {len(values)} seeds")
+
+
+if __name__ == "__main__":
+    main()
