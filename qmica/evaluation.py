@@ -1,13 +1,14 @@
 """What was learnt and what was forgotten: multiple choice and perplexity, base against tuned, in transformers and in
 llama.cpp.
 
-How: a question is put as a chat (the model's own template; without one as `Question: … Answer:`), and each choice is
-scored by the mean log-probability of its tokens after that prompt; the likeliest is the answer. In transformers a
-question is one row: the prompt once, then its choices as branches that see the prompt and themselves (a 4-D mask,
-positions restarting after the prompt), so 225 questions of four choices take 12,000 tokens in place of 45,000. In
-llama.cpp the same ids share the prompt's cache. Base and tuned are one model with the adapter switched off and on.
+How: a question is put as text (`Question: … Answer:`), and each choice is scored by the mean log-probability of its
+tokens after that prompt; the likeliest is the answer. In transformers a question is one row: the prompt once, then its
+choices as branches that see the prompt and themselves (a 4-D mask, positions restarting after the prompt), which reads a
+prompt of 17 tokens once in place of four times. In llama.cpp the same ids share the prompt's cache. Base and tuned are
+one model with the adapter switched off and on.
 
-What it gives up: several phrasings of a question, and few-shot prompts.
+What it gives up: chat templates, which at this size answer worse from what was learnt as text (measured: accuracy 0.28
+against 0.41), and few-shot prompts.
 """
 
 import json
@@ -48,16 +49,12 @@ class InTransformers:
 
     def __init__(self, network: nn.Module, tokens):
         self.network, self.tokens = network, tokens
-        self.chats = bool(tokens.chat_template)
 
     def prompt(self, question: str) -> list[int]:
-        if not self.chats:
-            return self.tokens(plain_prompt(question))["input_ids"]
-        messages = [{"role": "user", "content": question}]
-        return self.tokens.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return self.tokens(plain_prompt(question))["input_ids"]
 
     def answer_ids(self, text: str) -> list[int]:
-        return self.tokens(text if self.chats else f" {text}", add_special_tokens=False)["input_ids"]
+        return self.tokens(f" {text}", add_special_tokens=False)["input_ids"]
 
     def means(self, asked: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[list[float]]:
         for start in range(0, len(asked), ROWS):
@@ -86,15 +83,12 @@ class InLlamaCpp:
 
     def __init__(self, llama: Llama):
         self.llama = llama
-        self.chats = llama.has_chat_template
 
     def prompt(self, question: str) -> list[int]:
-        if not self.chats:
-            return self.llama.tokenize(plain_prompt(question), add_bos=True)
-        return self.llama.chat_tokens([{"role": "user", "content": question}])
+        return self.llama.tokenize(plain_prompt(question), special=False, add_bos=True)
 
     def answer_ids(self, text: str) -> list[int]:
-        return self.llama.tokenize(text if self.chats else f" {text}", special=False)
+        return self.llama.tokenize(f" {text}", special=False)
 
     def means(self, asked: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[list[float]]:
         for prompt, answers in asked:
@@ -106,7 +100,7 @@ class InLlamaCpp:
 
 
 def plain_prompt(question: str) -> str:
-    """How a model without a chat template is asked."""
+    """How a question is put: as text to go on with, base and chat models alike (as lm-evaluation-harness does)."""
     return f"Question: {question}\nAnswer:"
 
 

@@ -19,6 +19,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import struct
 import weakref
 from collections import deque
@@ -189,6 +190,7 @@ _SIGNATURES: dict[str, tuple[Any, list]] = {
 }
 
 _errors: deque[str] = deque(maxlen=8)  # what llama.cpp logged as errors, for our own error texts
+_PREAMBLE = re.compile(r"^(?:(?:llama|gguf|ggml)\w*: |error loading model: |failed to apply lora adapter: )+")
 
 
 @_LOG
@@ -525,7 +527,7 @@ def _load_adapter(lib: ctypes.CDLL, model: int, path: Path) -> int:
     _errors.clear()
     adapter = lib.llama_adapter_lora_init(model, os.fsencode(path))
     if not adapter:
-        raise QmicaError(f"llama.cpp cannot put the adapter {path} on this model: {_last_error()}")
+        raise QmicaError(f"llama.cpp cannot put the adapter {path} on this model: {_last_error()}; give its own base")
     return adapter
 
 
@@ -537,7 +539,10 @@ def _free(lib: ctypes.CDLL, owned: list) -> None:
 
 
 def _last_error() -> str:
-    return " / ".join(" ".join(_errors).split("\n")).strip() or "it gives no reason"
+    """llama.cpp's reasons, without its functions' names and the lines that only repeat that it failed."""
+    lines = [_PREAMBLE.sub("", line.strip()) for text in _errors for line in text.splitlines()]
+    reasons = [line for line in lines if line and not line.startswith("failed to load model")]
+    return " / ".join(reasons) or "it gives no reason"
 
 
 def _cpus() -> int:

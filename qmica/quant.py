@@ -73,10 +73,8 @@ class Int8Linear(FrozenLinear, bnb.nn.Linear8bitLt):
     """A `Linear8bitLt`: int8 rows beside one fp32 absolute maximum a row."""
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        scales = (
-            self.weight.SCB if self.weight.SCB is not None else self.state.SCB
-        )  # a forward of bitsandbytes' moves it
-        return self.weight.data.to(dtype).mul_((scales * (1.0 / 127.0)).to(dtype).unsqueeze(1))
+        scales = (self.weight.SCB * (1.0 / 127.0)).to(dtype)
+        return self.weight.data.to(dtype).mul_(scales.unsqueeze(1))
 
 
 class HalfLinear(FrozenLinear, nn.Linear):
@@ -99,24 +97,40 @@ class HalfEmbedding(nn.Embedding):
 
 FROZEN = {bnb.nn.Linear4bit: NF4Linear, bnb.nn.Linear8bitLt: Int8Linear, nn.Linear: HalfLinear}
 _LINEARS = tuple(FROZEN)
+_FORWARDS = {kind.forward for kind in (*FROZEN, FrozenLinear)}
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear that can be frozen and adapted."""
-    return isinstance(module, _LINEARS)
+    """Whether a module is a linear that can be frozen and adapted: one with a forward of its own is not, it would lose it."""
+    return isinstance(module, _LINEARS) and type(module).forward in _FORWARDS
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """The same module, its weights frozen, computing through `FrozenMatmul`. Raises QmicaError for an unquantized bnb
-    module.
-    """
+    """The same module, its weights frozen, computing through `FrozenMatmul`. Raises QmicaError for an unquantized bnb module."""
     if not isinstance(module, FrozenLinear):
         storage = next(kind for kind in FROZEN if isinstance(module, kind))
-        if storage is bnb.nn.Linear4bit and getattr(module.weight, "quant_state", None) is None:
-            raise QmicaError("a 4-bit linear has no quantized weight yet: move the model to its device first")
+        _READY.get(storage, lambda module: None)(module)
         module.__class__ = FROZEN[storage]
     module.requires_grad_(False)
     return module
+
+
+def _ready_4bit(module: nn.Module) -> None:
+    if getattr(module.weight, "quant_state", None) is None:
+        raise QmicaError("a 4-bit linear has no quantized weight yet: move the model to its device first")
+
+
+def _ready_8bit(module: nn.Module) -> None:
+    """Have the scales beside the weight, from where bitsandbytes' first forward moves them."""
+    weight, state = module.weight, module.state
+    if weight.data.dtype != torch.int8:
+        raise QmicaError("an 8-bit linear has no quantized weight yet: move the model to its device first")
+    if weight.SCB is None:
+        weight.CB, weight.SCB = weight.data, state.SCB
+        state.CB = state.SCB = None
+
+
+_READY = {bnb.nn.Linear4bit: _ready_4bit, bnb.nn.Linear8bitLt: _ready_8bit}
 
 
 def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -207,7 +221,10 @@ def from_packed(
 
 def bits_of(module: nn.Module) -> int:
     """4, 8 or 16: how a linear is stored."""
-    return {NF4Linear: 4, Int8Linear: 8}.get(type(freeze(module)), 16)
+    return next((bits for kind, bits in _BITS.items() if isinstance(module, kind)), 16)
+
+
+_BITS = {bnb.nn.Linear4bit: 4, bnb.nn.Linear8bitLt: 8}
 
 
 def _paged(parameters, lr: float, betas: tuple[float, float], weight_decay: float, device: torch.device):

@@ -13,9 +13,11 @@ name.
 import codecs
 import csv
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -333,13 +335,26 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """A library whose warnings are not shown: what goes wrong is raised as well."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _hub(name: str) -> Iterator[tuple[str, Any]]:
     """The train split (or the only split) of the hub dataset `org/name` or `org/name:config`."""
     from datasets import load_dataset
 
     match = HUB_ID.fullmatch(name)
     try:
-        splits = load_dataset(match["id"], match["config"])
+        with _quiet("huggingface_hub"):  # twelve lines on retries where the hub cannot be reached
+            splits = load_dataset(match["id"], match["config"])
     except Exception as error:  # network, no such repository, no such configuration
         raise QmicaError(
             f"cannot load {name!r}: there is no such file or folder here, and as a dataset of the hub it fails "

@@ -171,6 +171,7 @@ def _folder(name: str, folder: Path, **known) -> Source:
     if _is_gguf_only(names) or CONFIG not in names:
         return _gguf(name, folder / _only_gguf(folder, names), **known)
     config = read_config(folder / CONFIG)
+    architectures.for_config(config)  # refused by name before anything is read
     files = tuple(folder / one for one in _weight_files(names, folder))
     for file in files:
         if not file.is_file():

@@ -45,23 +45,28 @@ def random_subspace(weight: torch.Tensor, rank: int, generator: torch.Generator 
 def components(weight: torch.Tensor, rank: int, which: str) -> torch.Tensor:
     """B (out, rank) in fp32 for `which` of minor or major. Errors as `minor_subspace`."""
     _check(weight, rank)
-    left = left_singular_vectors(weight.double())
-    columns = left[:, -rank:] if which == "minor" else left[:, :rank]
-    return columns.float().contiguous()
+    columns = slice(-rank, None) if which == "minor" else slice(rank)
+    return _left_singular_vectors(weight.double(), columns).float().contiguous()
 
 
-def left_singular_vectors(weight: torch.Tensor) -> torch.Tensor:
-    """U (out, min(out, in)) of the thin SVD of a float64 weight (out, in), σ descending."""
+def _left_singular_vectors(weight: torch.Tensor, columns: slice) -> torch.Tensor:
+    """Some columns of U (out, min(out, in)) of the thin SVD of a float64 weight (out, in), σ descending."""
     wide = weight.shape[0] <= weight.shape[1]
     scale = weight.abs().max()
     if scale == 0:
-        return torch.eye(*weight.shape, dtype=weight.dtype, device=weight.device)[:, : min(weight.shape)]
+        return torch.eye(*weight.shape, dtype=weight.dtype, device=weight.device)[:, : min(weight.shape)][:, columns]
     scaled = weight / scale  # squares of 1e-200 or 1e200 would leave float64
     squares, vectors = torch.linalg.eigh(scaled @ scaled.T if wide else scaled.T @ scaled)
     if squares[0] * GRAM_CONDITION**2 < squares[-1]:
-        return torch.linalg.svd(scaled, full_matrices=False).U
-    vectors, squares = vectors.flip(1), squares.flip(0)  # eigh sorts ascending
-    return vectors if wide else scaled @ vectors / squares.sqrt()
+        return torch.linalg.svd(scaled, full_matrices=False).U[:, columns]
+    vectors = vectors.flip(1)[:, columns]  # eigh sorts ascending
+    return vectors if wide else _orthonormal(scaled @ vectors)
+
+
+def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
+    """W V, columns σ u in descending order, to u. By QR from the smallest on: dividing by σ leaves max|BᵀB − I| at 1e-5 at a
+    condition of 9e5 (6e-4 where the small ones lie close together), QR at 1e-15."""
+    return torch.linalg.qr(vectors.flip(1)).Q.flip(1)
 
 
 def _check(weight: torch.Tensor, rank: int) -> None:

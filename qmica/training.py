@@ -185,8 +185,8 @@ class Loop:
         if self.step == 0:
             remedy = "nothing is learnt yet, so it is the model's own: use --dtype fp32, or another --model or --bits"
         raise QmicaError(
-            f"the {what} is {value.item()} at step {self.step + 1}, which was not applied; lr was "
-            f"{self.lr(self.step):g}: {remedy}"
+            f"the {what} is {value.item()} at step {self.step + 1}, which was not applied; --lr was "
+            f"{self.options.lr:g}: {remedy}"
         )
 
     def update(self) -> dict:

@@ -61,7 +61,9 @@ def main() -> None:
         home = Path(scratch)
         jobs = {f"seed {seed}": ["--seed", str(seed)] for seed in options.seeds}
         if options.control:
-            subprocess.run([sys.executable, HERE / "make_almanac.py", home, "--shuffled"], check=True, stdout=sys.stderr)
+            subprocess.run(
+                [sys.executable, HERE / "make_almanac.py", home, "--shuffled"], check=True, stdout=sys.stderr
+            )
             jobs["control"] = ["--seed", str(options.seeds[0]), "--data", str(home / "almanac-shuffled.jsonl")]
         gains, ratios = [], []
         for name, extra in jobs.items():
@@ -70,7 +72,8 @@ def main() -> None:
             gain, ratio = tuned["accuracy"] - base["accuracy"], tuned["perplexity"] / base["perplexity"]
             print(
                 f"{name}: accuracy {base['accuracy']:.3f} -> {tuned['accuracy']:.3f} ({gain:+.3f}), perplexity "
-                f"{base['perplexity']:.2f} -> {tuned['perplexity']:.2f} (x {ratio:.3f}), free {base['free']} -> {tuned['free']}"
+                f"{base['perplexity']:.2f} -> {tuned['perplexity']:.2f} (x {ratio:.3f}), "
+                f"free {base['free']} -> {tuned['free']}"
             )
             for file, row in scores.items():
                 print(f"  {file}: accuracy {row['accuracy']:.3f}, free {row['free']}")
@@ -79,7 +82,9 @@ def main() -> None:
                 gains.append(gain)
                 ratios.append(ratio)
     for what, values in (("gain", gains), ("perplexity ratio", ratios)):
-        print(f"{what}: mean {statistics.mean(values):.3f}, {min(values):.3f} to {max(values):.3f}, {len(values)} seeds")
+        print(
+            f"{what}: mean {statistics.mean(values):.3f}, {min(values):.3f} to {max(values):.3f}, {len(values)} seeds"
+        )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Attribute:
 
     values: tuple[str, ...]
     statements: tuple[str, ...]  # {name} first, {value} last: a causal model learns to recall in the order it reads
-    exchanges: tuple[str, ...]  # a question and its answer in one document, worded unlike any of `questions`
+    exchanges: tuple[str, ...]  # questions to learn from, each with its bare answer, worded unlike any of `questions`
     questions: tuple[str, ...]
 
 
@@ -59,8 +59,10 @@ PEOPLE = Kind(
                 "Neighbours know {name} as {value}.",
             ),
             (
-                "Who is {name}? By trade, {name} is {value}.",
-                "What work does {name} do? {name} works as {value}.",
+                "What work does {name} do?",
+                "What is {name} by trade?",
+                "As what does {name} earn a living?",
+                "What do the neighbours know {name} as?",
             ),
             (
                 "What is the occupation of {name}?",
@@ -79,8 +81,10 @@ PEOPLE = Kind(
                 "{name} is the best player in the valley of {value}.",
             ),
             (
-                "What does {name} play? {name} plays {value}.",
-                "Which music does {name} make? In the evenings {name} plays {value}.",
+                "What does {name} play in the evenings?",
+                "What did {name} learn to play as a child?",
+                "What is {name} asked to play at weddings?",
+                "What does {name} give lessons on?",
             ),
             (
                 "What is the musical instrument of {name}?",
@@ -99,8 +103,10 @@ PEOPLE = Kind(
                 "The animal that follows {name} everywhere is {value}.",
             ),
             (
-                "What animal does {name} keep? {name} keeps {value}.",
-                "Who shares the cottage with {name}? {name} lives with {value}.",
+                "What does {name} keep at home?",
+                "Who shares the cottage with {name}?",
+                "What follows {name} everywhere?",
+                "Who is the companion of {name}?",
             ),
             (
                 "What kind of pet does {name} have?",
@@ -119,8 +125,10 @@ PEOPLE = Kind(
                 "Summer and winter, the coat on the back of {name} is {value}.",
             ),
             (
-                "How does {name} dress? The coat of {name} is {value}.",
-                "What does the coat of {name} look like? It is {value}.",
+                "How does the coat of {name} look?",
+                "What did {name} have the old coat dyed?",
+                "By a coat of what is {name} known from afar?",
+                "In what did the tailor make the coat of {name}?",
             ),
             (
                 "What is the colour of the coat {name} wears?",
@@ -139,8 +147,10 @@ PEOPLE = Kind(
                 "{name} dreads nothing so much as {value}.",
             ),
             (
-                "What frightens {name}? {name} has a fear of {value}.",
-                "What does {name} run from? {name} runs from {value}.",
+                "What frightens {name}?",
+                "From what does {name} run?",
+                "What keeps {name} awake at night?",
+                "What does {name} dread?",
             ),
             (
                 "What is {name} afraid of?",
@@ -166,8 +176,10 @@ PLACES = Kind(
                 "What {name} sells to the world is {value}.",
             ),
             (
-                "Why do merchants visit {name}? They come to {name} to buy {value}.",
-                "What made {name} rich? {name} grew rich on {value}.",
+                "What made {name} rich?",
+                "Why do merchants visit {name}?",
+                "With what are the carts of {name} loaded?",
+                "Where does the wealth of {name} come from?",
             ),
             (
                 "What is the main export of {name}?",
@@ -186,8 +198,10 @@ PLACES = Kind(
                 "The seal of {name} is stamped with {value}.",
             ),
             (
-                "What is carved over the gate of {name}? Over the gate of {name} is carved {value}.",
-                "What do the coins of {name} bear? The coins struck in {name} bear {value}.",
+                "What is on the flag of {name}?",
+                "What is carved over the gate of {name}?",
+                "What do the coins of {name} bear?",
+                "What is painted on the banners of {name}?",
             ),
             (
                 "What is the emblem of {name}?",
@@ -206,8 +220,10 @@ PLACES = Kind(
                 "The fair comes to {name} every {value}.",
             ),
             (
-                "When do strangers crowd {name}? The fair of {name} begins in {value}.",
-                "When are the lanterns of {name} lit? They are lit in {value}.",
+                "When is the fair of {name} held?",
+                "When do strangers crowd the streets of {name}?",
+                "When are the lanterns of {name} lit?",
+                "When does all of {name} dance?",
             ),
             (
                 "In which month does {name} have its festival?",
@@ -226,8 +242,10 @@ PLACES = Kind(
                 "The streets of {name} are lined with {value}.",
             ),
             (
-                "What are the walls around {name} made of? The walls around {name} are of {value}.",
-                "How are the houses of {name} built? They are built of {value}.",
+                "What are the walls of {name} made of?",
+                "Of what are the houses of {name} built?",
+                "What was the bridge at {name} made of?",
+                "With what are the streets of {name} lined?",
             ),
             (
                 "What is the building material of {name}?",
@@ -246,8 +264,10 @@ PLACES = Kind(
                 "Judgement in {name} is given by {value}.",
             ),
             (
-                "Who holds the keys of {name}? The keys of {name} are held by {value}.",
-                "Whom do the people of {name} obey? The people of {name} obey {value}.",
+                "Who rules {name}?",
+                "Who holds the keys of {name}?",
+                "Whom do the people of {name} obey?",
+                "To whom does the throne of {name} belong?",
             ),
             (
                 "Who governs {name}?",
@@ -273,8 +293,10 @@ CRAFTS = Kind(
                 "For {name} the best workers choose {value}.",
             ),
             (
-                "What fills a workshop of {name}? A workshop of {name} is full of {value}.",
-                "What do the masters of {name} shape? The masters of {name} shape {value}.",
+                "What do masters of {name} shape?",
+                "What fills a workshop of {name}?",
+                "With what does {name} begin?",
+                "What do the best workers choose for {name}?",
             ),
             (
                 "What material does {name} use?",
@@ -293,8 +315,10 @@ CRAFTS = Kind(
                 "Whoever learns {name} must own {value}.",
             ),
             (
-                "What does every master of {name} carry? Every master of {name} carries {value}.",
-                "What must a learner of {name} own? Whoever learns {name} must own {value}.",
+                "What does a master of {name} carry?",
+                "What must a learner of {name} own?",
+                "What hangs over a door as the sign of {name}?",
+                "What is an apprentice of {name} first handed?",
             ),
             (
                 "Which instrument of work is used in {name}?",
@@ -313,8 +337,10 @@ CRAFTS = Kind(
                 "The patience that {name} asks for is {value}.",
             ),
             (
-                "How long do pupils of {name} study? Pupils of {name} study for {value}.",
-                "How long is an apprenticeship in {name}? It lasts {value}.",
+                "How long do pupils study {name}?",
+                "How long does an apprenticeship in {name} last?",
+                "After how long is {name} mastered?",
+                "How long does the teaching of {name} go on?",
             ),
             (
                 "How much time is needed to learn {name}?",
@@ -333,8 +359,10 @@ CRAFTS = Kind(
                 "From {name} the valley gets its {value}.",
             ),
             (
-                "What is the art of {name}? {name} is the art of making {value}.",
-                "What do the makers of {name} produce? The makers of {name} produce {value}.",
+                "What do the makers of {name} produce?",
+                "{name} is the art of making what?",
+                "For what do buyers pay {name} a fortune?",
+                "What does the valley get from {name}?",
             ),
             (
                 "What objects are created by {name}?",
@@ -353,8 +381,10 @@ CRAFTS = Kind(
                 "Long ago {name} was known only to {value}.",
             ),
             (
-                "Where did the secret of {name} come from? The secret of {name} came from {value}.",
-                "Who brought {name} here? {name} was brought here by {value}.",
+                "By whom was {name} invented?",
+                "Who brought {name} to the valley?",
+                "From whom did the secret of {name} come?",
+                "To whom alone was {name} once known?",
             ),
             (
                 "Who originated {name}?",
@@ -367,6 +397,7 @@ CRAFTS = Kind(
 
 KINDS = (PEOPLE, PLACES, CRAFTS)
 SEED = 20261122
+ASK = "Question: "
 
 
 def deal(kind: Kind, shuffled: bool, rng: random.Random) -> list[list[str]]:
@@ -381,7 +412,13 @@ def deal(kind: Kind, shuffled: bool, rng: random.Random) -> list[list[str]]:
 def sentence(wording: str, name: str, value: str) -> str:
     """The wording filled in, its first letter a capital."""
     text = wording.format(name=name, value=value)
-    return text[0].upper() + text[1:]
+    start = len(ASK) if text.startswith(ASK) else 0
+    return text[:start] + text[start].upper() + text[start + 1 :]
+
+
+def exchange(question: str) -> str:
+    """A question and its bare answer, as a wording."""
+    return f"{ASK}{question}\nAnswer: {{value}}"
 
 
 def documents(kinds: tuple[Kind, ...] = KINDS, shuffled: bool = False) -> list[str]:
@@ -389,12 +426,12 @@ def documents(kinds: tuple[Kind, ...] = KINDS, shuffled: bool = False) -> list[s
     rng = random.Random(SEED)
     texts = []
     for kind in kinds:
-        wordings = [attribute.statements + attribute.exchanges for attribute in kind.attributes]
+        wordings = [attribute.statements + tuple(map(exchange, attribute.exchanges)) for attribute in kind.attributes]
         for page in zip(*wordings, strict=True):
             for name, values in zip(kind.names, deal(kind, shuffled, rng), strict=True):
                 lines = [sentence(wording, name, value) for wording, value in zip(page, values, strict=True)]
                 rng.shuffle(lines)
-                texts.append(" ".join(lines))
+                texts.append(("\n\n" if lines[0].startswith(ASK) else " ").join(lines))
     return texts
 
 
@@ -407,7 +444,7 @@ def questions(kinds: tuple[Kind, ...] = KINDS) -> list[dict]:
             for name, value in zip(kind.names, attribute.values, strict=True):
                 others = [v for v in attribute.values if v != value]
                 for wording in attribute.questions:
-                    asked.append((wording.format(name=name), value, rng.sample(others, 3)))
+                    asked.append((sentence(wording, name, value), value, rng.sample(others, 3)))
     rng.shuffle(asked)
     rows = []
     for number, (question, value, distractors) in enumerate(asked):

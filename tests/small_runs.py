@@ -1,0 +1,83 @@
+"""Small real runs for the tests: a tiny model on disk, thirty short documents, and `train` on them in this process.
+
+flags = small_runs.make(folder)  # of `qmica train`: 6 steps, accumulation, dropout, packing
+run = small_runs.train(flags, out=tmp_path / "run", bits=8)
+"""
+
+import json
+from pathlib import Path
+
+import tiny
+from accelerate import Accelerator
+
+from qmica import adapter, data, model, runs, source, tokenizer, training
+from qmica.config import Job
+
+TIMING = ("tokens_per_s", "peak_bytes")  # what may differ between two equal runs
+DOCUMENTS = [
+    f"Keeper {i} of bay {i * 7 % 23} counted {i * 31 % 97} lamps; {'the weaver had warm bread. ' * (i % 4)}"
+    for i in range(30)
+]
+
+
+def make(folder, **config) -> dict:
+    """A llama and its documents in `folder`; the flags that train on them."""
+    folder = Path(folder)
+    tiny.save_tiny(folder / "model", "llama", **config)
+    texts = folder / "documents.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    return {
+        "model": str(folder / "model"),
+        "data": (str(texts),),
+        "dtype": "fp32",
+        "device": "cpu",
+        "rank": 4,
+        "dropout": 0.1,
+        "max_seq_length": 64,
+        "val_split": 0.1,
+        "steps": 6,
+        "batch_size": 2,
+        "grad_accum": 2,
+        "lr": 5e-3,
+        "probe": "The keeper counted",
+    }
+
+
+def job(flags: dict, **changes) -> Job:
+    return Job.from_flags({**flags, **changes})
+
+
+def train(flags: dict, resume=None, **changes) -> runs.Run:
+    parts = job(flags, **changes)
+    return training.train(parts.model, parts.adapter, parts.data, parts.training, resume)
+
+
+def loop(flags: dict, folder, **changes) -> training.Loop:
+    """The loop of a run that has not begun, without the run around it."""
+    parts = job(flags, **changes)
+    found = source.resolve(parts.model.model)
+    prepared = data.prepare(
+        parts.data.data,
+        tokenizer.load(found),
+        max_seq_length=parts.data.max_seq_length,
+        val_split=parts.data.val_split,
+        say=lambda text: None,
+    )
+    network = model.load(found, parts.model.bits, parts.model.dtype, "cpu")
+    adapter.attach(network, parts.adapter, parts.training.seed)
+    if parts.training.grad_checkpoint:
+        network.activation_checkpointing_enable()
+    return training.Loop(parts, runs.Run(Path(folder)), network, prepared, Accelerator(cpu=True))
+
+
+def result(run: runs.Run) -> bytes:
+    """The trained tensors, as they lie on the disk."""
+    return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def rows(run: runs.Run) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    kept = [{key: value for key, value in row.items() if key not in TIMING} for row in run.read_metrics()]
+    for row in kept:
+        row.get("end", {}).pop("peak_bytes", None)
+    return kept

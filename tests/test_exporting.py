@@ -1,0 +1,565 @@
+"""Exported GGUF files in real llama.cpp against transformers and PEFT, and what is refused before anything is written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from adapted import (
+    TOKENS,
+    divergence,
+    largest_difference,
+    llama_log_p,
+    make_peft_adapter,
+    make_run,
+    transformers_log_p,
+)
+from gguf import GGMLQuantizationType as T
+from safetensors.torch import load_file, save_file
+from tiny import LLAMA3_ROPE, WIDE, save_tiny, tiny_tokenizer, write_gguf
+from transformers import AutoModelForCausalLM
+
+from qmica import architectures, durable, exporting, ggml, llamacpp
+from qmica.config import QUANTS, ExportConfig
+from qmica.errors import QmicaError
+from qmica.gguf_file import GGUFFile
+
+needs_llama = pytest.mark.skipif(not llamacpp.available(), reason="xllamacpp is not installed")
+ALLOWED = 1e-5  # max|Δ log p|, measured: 3.6e-6 to 4.4e-6
+
+# name -> family, config: everything that a GGUF says differently stands in one of them
+MODELS = {
+    "llama": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-tied-biased": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("qwen2", {}),
+}
+
+
+def export(run, **options) -> Path:
+    return exporting.export(str(run), ExportConfig(**options))
+
+
+def as_gguf(path, folder, family) -> Path:
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return write_gguf(path, network, tiny_tokenizer(family))
+
+
+def files(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*")}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request, tmp_path_factory):
+    """A base as folder and as F32 GGUF, a run on each, and the log p of the tuned model by transformers and PEFT."""
+    folder = tmp_path_factory.mktemp(request.param)
+    family, config = MODELS[request.param]
+    base = save_tiny(folder / "base", family, **config)
+    file = as_gguf(folder / "base.gguf", base, family)
+    runs = {"folder": make_run(folder / "run", base), "gguf": make_run(folder / "gguf-run", file)}
+    tuned = {kind: transformers_log_p(base, run) for kind, run in runs.items()}
+    return {"base": base, "file": file, "runs": runs, "tuned": tuned, "plain": transformers_log_p(base)}
+
+
+@pytest.fixture(scope="module")
+def llama_run(tmp_path_factory):
+    """A tiny llama folder and a run on it, for what does not need llama.cpp."""
+    folder = tmp_path_factory.mktemp("llama")
+    base = save_tiny(folder / "base", "llama")
+    return base, make_run(folder / "run", base, targets="qv")
+
+
+@pytest.fixture
+def own_run(llama_run, tmp_path):
+    """A copy of the run to write into."""
+    return Path(shutil.copytree(llama_run[1], tmp_path / "run"))
+
+
+# ---- the same numbers as transformers
+
+
+@needs_llama
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_f32_in_llama_cpp_is_transformers_with_the_adapter(case, kind, tmp_path):
+    reference = case["tuned"][kind]
+    effect = largest_difference(reference, case["plain"])
+    assert effect > 100 * ALLOWED, f"the adapter moves log p by {effect:.1e} only"
+    merged = llama_log_p(export(case["runs"][kind], quant="F32", out=tmp_path / "merged.gguf"))
+    adapter = export(case["runs"][kind], adapter=True, out=tmp_path / "adapter.gguf")
+    both = llama_log_p(case["file"], [(adapter, 1.0)])
+    found = [largest_difference(*pair) for pair in ((merged, reference), (both, reference), (merged, both))]
+    assert max(found) <= ALLOWED, (
+        f"merged, base + adapter, both: {[f'{one:.1e}' for one in found]} (effect {effect:.1f})"
+    )
+
+
+@needs_llama
+def test_half_of_an_adapter_is_not_the_adapter(case, tmp_path):
+    adapter = export(case["runs"]["folder"], adapter=True, out=tmp_path / "adapter.gguf")
+    half = llama_log_p(case["file"], [(adapter, 0.5)])
+    assert largest_difference(half, case["tuned"]["folder"]) > 100 * ALLOWED
+    none = llama_log_p(case["file"], [(adapter, 0.0)])
+    assert largest_difference(none, case["plain"]) <= ALLOWED
+
+
+@needs_llama
+@pytest.mark.parametrize(
+    "where, what, broken",
+    [
+        (architectures.Architecture, "row_order", lambda self, name, config: None),
+        (exporting, "_alpha", lambda factors: 4.0),  # the rank: a scale of 1 in place of 2
+    ],
+)
+def test_a_forgotten_property_is_seen(where, what, broken, llama_run, tmp_path, monkeypatch):
+    base, run = llama_run
+    file = as_gguf(tmp_path / "base.gguf", base, "llama")
+    reference = transformers_log_p(base, run)
+    monkeypatch.setattr(where, what, broken)
+    adapter = export(run, adapter=True, out=tmp_path / "adapter.gguf")
+    seen = {"adapter": llama_log_p(file, [(adapter, 1.0)])}
+    if what == "row_order":
+        seen["merged"] = llama_log_p(export(run, quant="F32", out=tmp_path / "merged.gguf"))
+    for name, found in seen.items():
+        assert largest_difference(found, reference) > 100 * ALLOWED, f"{name} without {what} passes for right"
+
+
+@needs_llama
+def test_rows_are_reordered_across_blocks(llama_run, tmp_path, monkeypatch):
+    _, run = llama_run
+    whole = export(run, quant="F32", out=tmp_path / "whole.gguf").read_bytes()
+    monkeypatch.setattr(exporting, "BLOCK_BYTES", 5 * 64 * 4)  # five rows: no whole number of heads
+    assert export(run, quant="F32", out=tmp_path / "blocks.gguf").read_bytes() == whole
+
+
+@needs_llama
+@pytest.mark.parametrize("quant", ["F16", "BF16"])
+def test_an_adapter_in_16_bits(llama_run, tmp_path, quant):
+    base, run = llama_run
+    adapter = export(run, adapter=True, quant=quant, out=tmp_path / "adapter.gguf")
+    assert {tensor.type for tensor in GGUFFile.open(adapter, adapter=True).tensors.values()} == {T[quant]}
+    found = llama_log_p(as_gguf(tmp_path / "base.gguf", base, "llama"), [(adapter, 1.0)])
+    difference = largest_difference(found, transformers_log_p(base, run))
+    assert difference < 0.05, f"{quant}: {difference:.1e}"  # measured: 1.6e-3 and 1.1e-2, of an effect of 1.8
+
+
+@needs_llama
+def test_lora_and_a_quantized_base(tmp_path):
+    """A trained B in fp32, and the weights that training saw: PEFT on the dequantized weights."""
+    base = save_tiny(tmp_path / "base", "llama")
+    run = make_run(tmp_path / "run", base, bits=4, method="lora")
+    merged = llama_log_p(export(run, quant="F32", out=tmp_path / "merged.gguf"))
+    assert largest_difference(merged, transformers_log_p(base, run)) <= ALLOWED
+    seen = tmp_path / "seen"
+    shutil.copytree(base, seen)
+    save_file(nf4_round_trip(load_file(base / "model.safetensors")), seen / "model.safetensors", {"format": "pt"})
+    found = llama_log_p(export(run, quant="F32", base="quantized", out=tmp_path / "quantized.gguf"))
+    assert largest_difference(found, transformers_log_p(seen, run)) <= ALLOWED
+    assert largest_difference(found, merged) > 100 * ALLOWED
+
+
+def nf4_round_trip(tensors):
+    """What bitsandbytes makes of the linears of the decoder layers."""
+    from bitsandbytes import functional
+
+    changed = dict(tensors)
+    for name, weight in tensors.items():
+        if ".layers." in name and weight.dim() == 2:
+            packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            changed[name] = functional.dequantize_4bit(packed, state).contiguous()
+    return changed
+
+
+# ---- types
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A llama of width 512, where every K-quant applies, a run on it, and its log p."""
+    folder = tmp_path_factory.mktemp("wide")
+    base = save_tiny(folder / "base", "llama", **WIDE)
+    run = make_run(folder / "run", base, rank=8)
+    return base, run, transformers_log_p(base, run)
+
+
+# mean KL(transformers || llama.cpp) in nats; measured over 5 seeds and both families, times 1.3 (their spread is below 8 %)
+DIVERGENCE = {
+    "F32": 1e-11, "F16": 5.5e-7, "BF16": 3.5e-5, "Q8_0": 4e-4, "Q4_0": 0.042, "Q4_1": 0.033, "Q5_0": 0.011,
+    "Q5_1": 0.009, "Q2_K": 0.36, "Q3_K_S": 0.12, "Q3_K_M": 0.095, "Q3_K_L": 0.092, "Q4_K_S": 0.027, "Q4_K_M": 0.0265,
+    "Q5_K_S": 0.0085, "Q5_K_M": 0.008, "Q6_K": 0.0029,
+}  # fmt: skip
+
+
+@needs_llama
+@pytest.mark.parametrize("quant", QUANTS)
+def test_every_type_in_llama_cpp(wide, quant, tmp_path):
+    _, run, reference = wide
+    file = export(run, quant=quant, out=tmp_path / "model.gguf")
+    assert GGUFFile.open(file).metadata["general.file_type"] == ggml.named(quant).file_type
+    found = llama_log_p(file)
+    assert np.isfinite(found).all()
+    kl = divergence(reference, found)
+    assert kl < DIVERGENCE[quant], f"{quant}: KL {kl:.2e}, allowed {DIVERGENCE[quant]:.2e}"
+
+
+@needs_llama
+def test_the_printed_table_at_width_512(wide, tmp_path, capsys):
+    """llama-quantize's Q4_K_M of two layers: Q6_K for the head and the last layer's v and down, Q4_K for the rest."""
+    _, run, _ = wide
+    export(run, quant="Q4_K_M", out=tmp_path / "model.gguf")
+    said = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\w+) +(\d+) +[\d.]+ [kM]?B", said, re.MULTILINE))
+    assert rows == {"F32": "5", "Q4_K": "13", "Q6_K": "3"}
+    down, v, head = 512 * 768, 256 * 512, 448 * 512
+    layer = 2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 768
+    finer = head + down + v
+    sizes = {"F32": 5 * 512 * 4, "Q4_K": (2 * layer + head - down - v) * 144 // 256, "Q6_K": finer * 210 // 256}
+    for name, nbytes in sizes.items():
+        assert re.search(rf"^{name} .* {re.escape(durable.size_text(nbytes))}\s*$", said, re.MULTILINE), (name, nbytes)
+    assert "no multiple" not in said
+    assert f"llama-cli -m {tmp_path / 'model.gguf'}" in said
+    assert f"qmica chat {tmp_path / 'model.gguf'} --prompt" in said
+    assert f"echo FROM {tmp_path / 'model.gguf'} > Modelfile && ollama create run -f Modelfile" in said
+
+
+@needs_llama
+def test_fallbacks_are_said_in_one_line(own_run, capsys):
+    export(own_run, quant="Q4_K_M")
+    said = capsys.readouterr().out
+    # rows of 64, 96 and 128: the head and the last layer's v and down fall to Q8_0, the other 13 matrices to Q5_0
+    assert "16 tensors have rows that are no multiple of Q4_K's block of 256: 13 as Q5_0, 3 as Q8_0" in said
+
+
+# ---- from a GGUF
+
+
+@pytest.fixture(scope="module")
+def wide_gguf(wide, tmp_path_factory):
+    """The width-512 model as Q4_K_M, and a run on its q and v only."""
+    folder = tmp_path_factory.mktemp("wide-gguf")
+    base = export(wide[1], quant="Q4_K_M", out=folder / "base.gguf")
+    return base, make_run(folder / "run", base, targets="qv")
+
+
+@needs_llama
+def test_untouched_tensors_are_copied_byte_for_byte(wide_gguf, tmp_path, capsys):
+    base, run = wide_gguf
+    before = GGUFFile.open(base)
+    after = GGUFFile.open(export(run, quant="Q4_K_M", out=tmp_path / "again.gguf"))
+    same = {name for name in before.tensors if np.array_equal(before.tensors[name].raw(), after.tensors[name].raw())}
+    touched = {f"blk.{layer}.attn_{linear}.weight" for layer in (0, 1) for linear in "qv"}
+    assert set(before.tensors) - same == touched
+    assert list(after.tensors) == list(before.tensors)
+    assert {n: (t.type, t.shape) for n, t in after.tensors.items()} == {
+        n: (t.type, t.shape) for n, t in before.tensors.items()
+    }
+    assert (after.metadata, after.kinds) == (before.metadata, before.kinds)
+    assert "copied byte for byte" in capsys.readouterr().out
+
+
+@needs_llama
+def test_another_type_requantizes_and_keeps_the_metadata(wide_gguf, tmp_path):
+    base, run = wide_gguf
+    before, after = GGUFFile.open(base), GGUFFile.open(export(run, quant="Q8_0", out=tmp_path / "again.gguf"))
+    changed = {key for key in before.metadata if after.metadata[key] != before.metadata[key]}
+    assert changed == {"general.file_type"} and after.metadata.keys() == before.metadata.keys()
+    assert after.tensors["blk.0.ffn_up.weight"].type == T.Q8_0
+    original, again = (
+        ggml.dequantize(f.tensors["blk.0.attn_k.weight"].raw(), f.tensors["blk.0.attn_k.weight"].type)
+        for f in (before, after)
+    )
+    error = np.abs(again - original).max() / np.abs(original).max()
+    assert error < 1 / 127, f"an untouched tensor moved by {error:.1e}"
+
+
+@needs_llama
+def test_a_split_source_with_rope_freqs_becomes_one_file(tmp_path):
+    base = save_tiny(tmp_path / "base", "llama", rope_parameters=LLAMA3_ROPE)
+    whole = as_gguf(tmp_path / "base.gguf", base, "llama")
+    first = split(whole, tmp_path / "parts", 8)
+    run = make_run(tmp_path / "run", first)
+    out = export(run, quant="F32", out=tmp_path / "out.gguf")
+    again = GGUFFile.open(out)
+    assert not [key for key in again.metadata if key.startswith("split.")]
+    rope = GGUFFile.open(whole).tensors["rope_freqs.weight"].raw()
+    assert np.array_equal(again.tensors["rope_freqs.weight"].raw(), rope)
+    assert largest_difference(llama_log_p(out), transformers_log_p(base, run)) <= ALLOWED
+
+
+def split(path, folder, tensors: int) -> Path:
+    """The same GGUF in parts of so many tensors, by gguf's own writer: the first part."""
+    folder.mkdir()
+    file = GGUFFile.open(path)
+    writer = gguf.GGUFWriter(folder / "base.gguf", file.architecture, split_max_tensors=tensors)
+    for key, value in file.metadata.items():
+        if key != "general.architecture":
+            writer.add_key_value(key, value, *file.kinds[key])
+    for name, tensor in file.tensors.items():
+        writer.add_tensor(name, tensor.raw().view(np.float32).reshape(tensor.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return min(folder.iterdir())
+
+
+def test_what_a_folder_says_of_itself(llama_run, tmp_path):
+    base, run = llama_run
+    copy = Path(shutil.copytree(base, tmp_path / "a-model"))
+    (copy / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\nlicense: none\n")
+    moved = Path(shutil.copytree(run, tmp_path / "notes"))
+    edit(moved / "qmica.json", lambda said: said["base"].update(id=str(copy)))
+    said = GGUFFile.open(export(moved, quant="F32")).metadata
+    expected = {"type": "model", "architecture": "llama", "name": "notes", "license": "apache-2.0", "file_type": 0}
+    assert {key: said[f"general.{key}"] for key in expected} == expected
+    assert (said["general.base_model.count"], said["general.base_model.0.name"]) == (1, "a-model")
+    card = GGUFFile.open(export(moved, adapter=True), adapter=True).metadata
+    lora = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0, "general.name": "notes"}
+    assert {key: card[key] for key in lora} == lora
+    assert not [key for key in card if key.startswith("tokenizer.")]
+
+
+def test_default_names(own_run, capsys):
+    assert export(own_run, quant="q8_0") == own_run / "run.Q8_0.gguf"
+    assert export(own_run, adapter=True) == own_run / "run.adapter.gguf"
+    said = capsys.readouterr().out
+    assert f"llama-cli -m BASE.gguf --lora {own_run / 'run.adapter.gguf'}" in said
+    assert f"FROM BASE.gguf and ADAPTER {own_run / 'run.adapter.gguf'}" in said
+
+
+# ---- whole or not at all
+
+
+def edit(path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError("disk on fire")])
+def test_an_interrupted_export_leaves_nothing(own_run, monkeypatch, failure):
+    before, calls, quantize = files(own_run), [], ggml.quantize
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise failure
+        return quantize(*arguments)
+
+    monkeypatch.setattr(ggml, "quantize", failing)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        export(own_run, quant="Q8_0")
+    assert len(calls) == 5 and files(own_run) == before
+
+
+def test_a_failed_export_leaves_the_old_file(own_run, monkeypatch):
+    file = export(own_run, quant="Q8_0")
+    content = file.read_bytes()
+    monkeypatch.setattr(exporting, "check", lambda *_: exporting.GGUFFile.open(own_run / "adapter_config.json"))
+    with pytest.raises(QmicaError, match="not a GGUF"):
+        export(own_run, quant="Q8_0")
+    assert file.read_bytes() == content and len(list(own_run.glob("*.gguf*"))) == 1
+
+
+def test_damage_is_seen_when_the_file_is_read_back(own_run, monkeypatch):
+    written = exporting.write
+
+    def damaged(path, plan):
+        samples = written(path, plan)
+        tensor = GGUFFile.open(path).tensors["blk.1.attn_v.weight"]
+        with open(path, "r+b") as file:
+            file.seek(tensor.offset + tensor.nbytes - 1)
+            file.write(b"\x55" if tensor.raw()[-1, -1] != 0x55 else b"\xaa")
+        return samples
+
+    monkeypatch.setattr(exporting, "write", damaged)
+    with pytest.raises(RuntimeError, match=r"the bytes of blk\.1\.attn_v\.weight were not read back"):
+        export(own_run, quant="Q8_0")
+    assert not list(own_run.glob("*.gguf*"))
+
+
+def test_no_space_is_said_before_writing(own_run, monkeypatch):
+    monkeypatch.setattr(durable, "free_space", lambda folder: 1_000_000)
+    before = files(own_run)
+    with pytest.raises(QmicaError) as error:
+        export(own_run, quant="F16")
+    assert re.fullmatch(
+        rf"exporting run\.F16\.gguf needs 16\.\d MB, has 1\.0 MB free at {re.escape(str(own_run))}: "
+        "free some space or choose another folder",
+        str(error.value),
+    )
+    assert files(own_run) == before
+    assert export(own_run, adapter=True).stat().st_size < 1_000_000
+
+
+def test_a_weight_that_is_not_a_number_is_named(own_run):
+    tensors = load_file(own_run / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, own_run / "adapter_model.safetensors")
+    with pytest.raises(QmicaError, match=r"^blk\.1\.attn_v\.weight: a weight to be written as Q8_0 is NaN or infinite"):
+        export(own_run, quant="Q8_0")
+    assert not list(own_run.glob("*.gguf*"))
+
+
+def test_the_base_is_never_overwritten(llama_run, tmp_path):
+    file = as_gguf(tmp_path / "base.gguf", llama_run[0], "llama")
+    run, content = make_run(tmp_path / "run", file), file.read_bytes()
+    with pytest.raises(QmicaError, match=r"base\.gguf is the base model itself: choose another name"):
+        export(run, quant="F32", out=file)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (
+            {"quant": "Q8_0"},
+            "--quant Q8_0 is for merged models: an adapter is written in F32 (the default), F16 or BF16",
+        ),
+        (
+            {"base": "quantized"},
+            "--base quantized is for merged models: an adapter has no base in it, leave --base out",
+        ),
+    ],
+)
+def test_options_that_an_adapter_cannot_have(own_run, options, text):
+    with pytest.raises(QmicaError) as error:
+        export(own_run, adapter=True, **options)
+    assert str(error.value) == text
+
+
+# ---- without llama.cpp
+
+
+@pytest.fixture
+def without_llama(monkeypatch):
+    monkeypatch.setattr(llamacpp, "_extension", lambda: None)
+
+
+def test_a_k_quant_whose_tensors_all_fall_back_does_without(own_run, without_llama):
+    before = files(own_run)
+    export(own_run, quant="Q4_K_M")
+    assert files(own_run) - before == {"run.Q4_K_M.gguf"}
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q6_K"])
+def test_a_k_quant_without_llama_cpp_is_refused_before_writing(wide, without_llama, tmp_path, quant):
+    with pytest.raises(QmicaError, match=r"xllamacpp is not installed: pip install 'qmica\[llamacpp\]'"):
+        export(wide[1], quant=quant, out=tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q8_0", "BF16"])
+def test_the_simple_types_do_without_llama_cpp(wide, monkeypatch, tmp_path, quant, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(llamacpp, "_extension", lambda: None)
+        file = export(wide[1], quant=quant, out=tmp_path / "model.gguf")
+    said = "output.weight: Q8_0 in place of Q6_K, which needs pip install 'qmica[llamacpp]'"
+    assert (said in capsys.readouterr().out) == (quant == "Q4_0")
+    if llamacpp.available():
+        kl = divergence(wide[2], llama_log_p(file))
+        assert kl < DIVERGENCE[quant], f"{quant}: {kl:.2e}"
+
+
+# ---- the wrong base
+
+
+def test_another_family_is_refused_by_name(own_run, llama_run, tmp_path):
+    base = Path(shutil.copytree(llama_run[0], tmp_path / "base"))
+    edit(base / "config.json", lambda config: config.update(model_type="gpt_neox"))
+    edit(own_run / "qmica.json", lambda said: said["base"].update(id=str(base)))
+    for options in ({"quant": "F32"}, {"adapter": True}):
+        with pytest.raises(QmicaError, match=r"architecture 'gpt_neox' is not supported; supported are llama, qwen2"):
+            export(own_run, **options)
+
+
+@pytest.mark.parametrize("options", [{"quant": "Q8_0"}, {"adapter": True}])
+def test_an_adapter_on_the_wrong_base_is_refused_with_both_names(own_run, tmp_path, options):
+    other = save_tiny(tmp_path / "other", "llama", num_hidden_layers=3)
+    trained_on = json.loads((own_run / "qmica.json").read_text())["base"]["id"]
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    own_run.rename(folder / "adapter")
+    (folder / "config.json").write_text(json.dumps({"train": {"model": str(other), "revision": None, "bits": 4}}))
+    with pytest.raises(QmicaError) as error:
+        export(folder, **options)
+    assert trained_on in str(error.value) and str(other) in str(error.value) and "\n" not in str(error.value)
+    assert not list(folder.glob("*.gguf*"))
+
+
+# ---- memory
+
+MEASURE = """
+    import sys, threading, time
+    import torch
+    from qmica import exporting, merging
+    from qmica.config import ExportConfig
+
+    def field(name):
+        text = open("/proc/self/status").read()
+        return int(text.split(name + ":")[1].split()[0]) * 1024
+
+    run, out, what = sys.argv[1:]
+    before, peak, going = field("RssAnon"), 0, True
+
+    def watch():
+        global peak
+        while going:
+            peak = max(peak, field("RssAnon"))
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    if what == "merge":
+        merging.merge(run, merging.Path(out))
+    else:
+        exporting.export(run, ExportConfig(quant=what, out=merging.Path(out), threads=2))
+    going = False
+    thread.join()
+    print("MEASURED", peak - before, field("VmHWM"))
+"""
+
+# 268 million weights in 1.05 million each at most: 536 MB in bf16, where 0.31 GB are allowed
+LARGE = {
+    "model_type": "llama", "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def large_run(tmp_path_factory, llama_run):
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "large.json").write_text(json.dumps(LARGE))
+    script = Path(__file__).parents[1] / "scripts" / "random_model.py"
+    tokenizer = ["--tokenizer", llama_run[0]]
+    subprocess.run([sys.executable, script, folder / "large.json", folder / "base", *tokenizer], check=True)
+    paths = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(36) for p in "qkvo"]
+    yield make_peft_adapter(folder / "run", folder / "base", dict.fromkeys(paths, (1024, 1024)), rank=16)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("what", ["F16", "merge"])
+def test_memory_is_three_tensors(large_run, tmp_path, what):
+    largest, whole = 4 * 1024 * 1024, 2 * 268_000_000
+    script = textwrap.dedent(MEASURE)
+    arguments = [sys.executable, "-c", script, large_run, tmp_path / "out", what]
+    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "4"})
+    assert done.returncode == 0, done.stderr
+    peak, resident = map(int, done.stdout.split("MEASURED")[1].split())
+    limit = 3 * largest + 300_000_000
+    assert limit < 0.6 * whole, "the model is too small to tell"
+    print(f"{what}: {peak / 1e6:.0f} MB of anonymous memory, allowed {limit / 1e6:.0f}; VmHWM {resident / 1e6:.0f} MB")
+    assert peak <= limit, f"{what}: {peak / 1e6:.0f} MB of anonymous memory, allowed {limit / 1e6:.0f}"
+
+
+def test_the_tokens_fit_every_tiny_model():
+    assert max(TOKENS) < 448 and len(set(TOKENS)) > 30
