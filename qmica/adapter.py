@@ -44,7 +44,18 @@ REFUSED = (
     "fan_in_fan_out",
     "lora_bias",
     "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
 )
+# Initializations that change the base's weights too, so that A and B alone are not the adapter.
+REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -99,16 +110,31 @@ def attach(
     The model may be qmica's or transformers' own, in 4, 8 or 16 bits. seed: of random components and LoRA's A.
     Raises QmicaError for unknown targets, a rank above a layer's smallest side (named), or a model that has an adapter.
     """
-    if any(True for _ in layers(model)):
-        raise QmicaError("this model has an adapter already: load the base again, or train the one it has")
-    linears = [name for name, module in model.named_modules() if quant.is_linear(module)]
-    chosen = targets.select(linears, options.targets)
-    model.requires_grad_(False)
+    _require_bare(model)
+    chosen = targets.select(list(_linears(model)), options.targets)
+    _freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for done, name in enumerate(chosen, start=1):
         model.set_submodule(name, _adapted(name, model.get_submodule(name), options, generator))
         progress(done, len(chosen))
     return _wire(model, options)
+
+
+def _require_bare(model: nn.Module) -> None:
+    if any(True for _ in layers(model)):
+        raise QmicaError("this model has an adapter already: load the base again, or train the one it has")
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if quant.is_linear(module)}
+
+
+def _freeze(model: nn.Module) -> None:
+    """Freeze every weight. All linears, not the adapted ones alone, compute through `quant`: bitsandbytes' own 4-bit
+    forward may repack its weight in an evaluation, after which no gradient passes it."""
+    model.requires_grad_(False)
+    for module in _linears(model).values():
+        quant.freeze(module)
 
 
 def _adapted(name: str, linear: nn.Module, options: AdapterConfig, generator: torch.Generator) -> MicaLinear:
@@ -166,13 +192,20 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by PEFT's names: A (rank, in) in fp32, B (out, rank) in bf16 (LoRA's trained B in fp32)."""
+    """The adapter's tensors by PEFT's names: A (rank, in) in fp32, B (out, rank) in bf16; in fp32 LoRA's trained B, and
+    a B that bf16 would round (one that PEFT made)."""
     named = {}
     for name, layer in layers(model):
-        dtype = torch.float32 if isinstance(layer.B, nn.Parameter) else torch.bfloat16
         named[f"{PREFIX}{name}.lora_A.weight"] = layer.A.detach().float().contiguous().cpu()
-        named[f"{PREFIX}{name}.lora_B.weight"] = layer.B.detach().to(dtype).contiguous().cpu()
+        named[f"{PREFIX}{name}.lora_B.weight"] = _stored_B(layer).contiguous().cpu()
     return named
+
+
+def _stored_B(layer: MicaLinear) -> torch.Tensor:
+    whole = layer.B.detach().float()
+    half = whole.to(torch.bfloat16)
+    exact = not isinstance(layer.B, nn.Parameter) and torch.equal(half.float(), whole)
+    return half if exact else whole
 
 
 def _peft_config(model: nn.Module, found: Mapping[str, MicaLinear]) -> dict:
@@ -205,32 +238,46 @@ def _qmica_json(model: nn.Module) -> dict:
 
 
 def base_of(model: nn.Module) -> Base:
-    """What a model was loaded from; of a model that qmica did not load only the name is known."""
-    return getattr(model, "qmica_base", None) or Base(id=getattr(model, "name_or_path", "") or "unknown")
+    """What a model was loaded from; of a model that qmica did not load the name and the bits are known."""
+    known = getattr(model, "qmica_base", None)
+    return known or Base(id=getattr(model, "name_or_path", "") or "unknown", bits=stored_bits(model))
+
+
+def stored_bits(model: nn.Module) -> int:
+    """4, 8 or 16: the least that a linear of the model is stored in."""
+    return min((quant.bits_of(linear) for linear in _linears(model).values()), default=16)
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """An adapter folder of qmica's or PEFT's, its tensors in memory (a few MB). Raises QmicaError for what is not
-    one.
-    """
+    """An adapter folder of qmica's or PEFT's, its tensors in memory (a few MB). Raises QmicaError for what is not one."""
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
-    ours = _read_json(folder / QMICA) if (folder / QMICA).exists() else {}
+    ours = _read_json(folder / QMICA) if (folder / QMICA).exists() else None
+    _require_plain(config, folder)
+    try:
+        rank, alpha = config["r"], config["lora_alpha"]
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        options = _options(config, scale) if ours is None else AdapterConfig(**ours["adapter"])
+        base = Base(id=config.get("base_model_name_or_path") or "unknown") if ours is None else Base(**ours["base"])
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise QmicaError(f"{folder}: {CONFIG} or {QMICA} is damaged, or of a newer qmica ({reason})") from error
+    return Adapter(folder, options, base, _read_factors(folder / TENSORS, scale))
+
+
+def _require_plain(config: dict, folder: Path) -> None:
+    """Refuse what A and B alone cannot say."""
     refused = [key for key in REFUSED if config.get(key)]
+    start = str(config.get("init_lora_weights"))
+    if start.lower().startswith(REFUSED_STARTS):
+        refused.append(f"init_lora_weights {start!r}, which changes the base too")
     if config.get("peft_type") != "LORA" or refused:
         reason = ", ".join(refused) or f"peft_type {config.get('peft_type')}"
         raise QmicaError(f"{folder} cannot be used: it has {reason}; qmica reads plain LoRA and MiCA adapters")
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    factors = _read_factors(folder / TENSORS, scale)
-    base = Base(**ours["base"]) if ours else Base(id=config.get("base_model_name_or_path") or "unknown")
-    return Adapter(folder, _options(config, ours, scale), base, factors)
 
 
-def _options(config: dict, ours: dict, scale: float) -> AdapterConfig:
-    """How the adapter was made; of PEFT's own, `"init_lora_weights": "mica"` says that B is frozen."""
-    if ours:
-        return AdapterConfig(**ours["adapter"])
+def _options(config: dict, scale: float) -> AdapterConfig:
+    """How PEFT's own adapter was made: `"init_lora_weights": "mica"` says that B is frozen."""
     names = config["target_modules"]
     return AdapterConfig(
         rank=config["r"],
@@ -243,11 +290,14 @@ def _options(config: dict, ours: dict, scale: float) -> AdapterConfig:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise QmicaError(f"{path.parent} is not an adapter folder: {path.name} is missing") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise QmicaError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise QmicaError(f"{path} is damaged: it holds no JSON object")
+    return content
 
 
 def _read_factors(path: Path, scale: float) -> dict[str, Factors]:
@@ -287,6 +337,7 @@ def load_adapter(model: nn.Module, adapter: str | Path | Adapter) -> nn.Module:
 
 
 def _install(model: nn.Module, adapter: Adapter) -> nn.Module:
+    _require_bare(model)
     modules = dict(model.named_modules())
     wrong = [path for path, part in adapter.factors.items() if not _fits(modules.get(path), part)]
     if wrong:
@@ -294,22 +345,17 @@ def _install(model: nn.Module, adapter: Adapter) -> nn.Module:
             f"the adapter in {adapter.folder} is for {adapter.base.id}, not for {base_of(model).id}: "
             f"{len(wrong)} of {len(adapter.factors)} layers do not fit ({', '.join(wrong[:3])})"
         )
-    model.requires_grad_(False)
+    _freeze(model)
     for path, part in adapter.factors.items():
         model.set_submodule(path, _restored(modules[path], part, adapter.options))
     return _wire(model, adapter.options)
 
 
 def _fits(module: nn.Module | None, part: Factors) -> bool:
-    return (
-        module is not None
-        and quant.is_linear(module)
-        and (part.B.shape[0], part.A.shape[1])
-        == (
-            module.out_features,
-            module.in_features,
-        )
-    )
+    if module is None or not quant.is_linear(module) or part.A.dim() != 2 or part.B.dim() != 2:
+        return False
+    (rank, columns), (out, again) = part.A.shape, part.B.shape
+    return rank == again and (out, columns) == (module.out_features, module.in_features)
 
 
 def _restored(linear: nn.Module, part: Factors, options: AdapterConfig) -> MicaLinear:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from qmica import adapter, data, loss, model, packing, runs, samples, source, tokenizer
+from qmica import adapter, data, loss, memory, model, packing, runs, samples, source, tokenizer
 from qmica.config import EvalConfig, ModelConfig
 from qmica.llamacpp import Llama
 from qmica.records import Question, read_questions
@@ -88,7 +88,9 @@ class InLlamaCpp:
         return self.llama.tokenize(plain_prompt(question), special=False, add_bos=True)
 
     def answer_ids(self, text: str) -> list[int]:
-        return self.llama.tokenize(f" {text}", special=False)
+        """Cut out of a text that ends as a prompt does: SentencePiece puts a second space before one that begins so."""
+        before, whole = (self.llama.tokenize(part, special=False) for part in (":", f": {text}"))
+        return whole[len(before) :]
 
     def means(self, asked: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[list[float]]:
         for prompt, answers in asked:
@@ -182,6 +184,7 @@ def evaluate(
     Raises QmicaError for a missing run, unusable data or questions.
     """
     say = (lambda text: None) if as_json else print
+    memory.keep_freed_memory()
     if model_config is not None and model_config.threads:
         torch.set_num_threads(model_config.threads)
     if model_config is not None:

@@ -2,9 +2,9 @@
 
     y = W x + scale · B (A dropout(x)),   scale = alpha / rank
 
-How: the base is any frozen linear of `quant`; B is a buffer in bf16 (for LoRA, the same place holds a trained
-parameter in fp32), A a parameter in fp32, both cast to the input's dtype for each use. A starts at zero, so step 0 is
-exactly the base model.
+How: the base is any frozen linear of `quant`; B is a buffer in bf16, as stored where PEFT made it (for LoRA,
+the same place holds a trained parameter in fp32), A a parameter in fp32, both cast to the input's dtype for each use.
+A starts at zero, so step 0 is exactly the base model.
 
 What it gives up: nothing is fused; autograd keeps x for dA (MiCA does not save activation memory against LoRA),
 halves the trained parameters, their gradients and optimizer states.
@@ -33,12 +33,12 @@ class MicaLinear(nn.Module):
         if train_B:
             self.B = nn.Parameter(B.float())
         else:
-            self.register_buffer("B", B.to(torch.bfloat16))
+            self.register_buffer("B", B)
 
     @classmethod
     def from_base(cls, base: nn.Module, B: torch.Tensor, alpha: float, dropout: float = 0.0) -> "MicaLinear":
-        """MiCA on an existing linear, sharing its weight. B: (out, rank), orthonormal columns."""
-        return cls(quant.freeze(base), B, alpha / B.shape[1], dropout)
+        """MiCA on an existing linear, sharing its weight. B: (out, rank), orthonormal columns; kept in bf16."""
+        return cls(quant.freeze(base), B.to(torch.bfloat16), alpha / B.shape[1], dropout)
 
     @classmethod
     def lora(cls, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> "MicaLinear":

@@ -101,12 +101,14 @@ _FORWARDS = {kind.forward for kind in (*FROZEN, FrozenLinear)}
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear that can be frozen and adapted: one with a forward of its own is not, it would lose it."""
+    """Whether a module is a linear that can be frozen and adapted; one with a forward of its own, which it would lose,
+    is not."""
     return isinstance(module, _LINEARS) and type(module).forward in _FORWARDS
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """The same module, its weights frozen, computing through `FrozenMatmul`. Raises QmicaError for an unquantized bnb module."""
+    """The same module, its weights frozen, computing through `FrozenMatmul`. Raises QmicaError for an unquantized bnb
+    module."""
     if not isinstance(module, FrozenLinear):
         storage = next(kind for kind in FROZEN if isinstance(module, kind))
         _READY.get(storage, lambda module: None)(module)

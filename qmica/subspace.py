@@ -64,8 +64,8 @@ def _left_singular_vectors(weight: torch.Tensor, columns: slice) -> torch.Tensor
 
 
 def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
-    """W V, columns σ u in descending order, to u. By QR from the smallest on: dividing by σ leaves max|BᵀB − I| at 1e-5 at a
-    condition of 9e5 (6e-4 where the small ones lie close together), QR at 1e-15."""
+    """W V, columns σ u in descending order, to u. By QR from the smallest on: dividing by σ leaves max|BᵀB − I| at 1e-5
+    at a condition of 9e5 (6e-4 where the small ones lie close together), QR at 1e-15."""
     return torch.linalg.qr(vectors.flip(1)).Q.flip(1)
 
 

@@ -56,6 +56,7 @@ def train(
         job = Job.from_flags(run.config().get("train", {}))
     if job.model.threads:
         torch.set_num_threads(job.model.threads)
+    memory.keep_freed_memory()
     accelerator = _accelerator(job)
     say = accelerator.print
     found = source.resolve(job.model.model, job.model.revision, say)

@@ -1,18 +1,16 @@
 """Adapters whose effect is seen: tiny bases with a loud adapter on them, and what an oracle says of their logits.
 
-An adapter is made by qmica's own `attach` and `save_adapter`, with random coefficients in place of trained ones, so that
-its log-probabilities are more than 1e-3 away from the base's: 100 times what is allowed against llama.cpp.  PEFT,
+An adapter is made by qmica's own `attach` and `save_adapter`, with random coefficients in place of trained ones, so
+that its log-probabilities are more than 1e-3 away from the base's: 100 times what is allowed against llama.cpp.  PEFT,
 which knows nothing of qmica, is the oracle for what such an adapter does to a model.
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from qmica import adapter, model, source
@@ -51,11 +49,6 @@ def make_peft_adapter(folder, base, shapes, rank: int = 4, seed: int = 0) -> Pat
     return folder
 
 
-def saved_base(folder, family: str, **options) -> Path:
-    """save_tiny without what tests here do not need: the model's folder."""
-    return save_tiny(Path(folder), family, **options)
-
-
 def log_softmax(logits) -> np.ndarray:
     """float64 (tokens, vocabulary)."""
     return torch.as_tensor(np.asarray(logits)).double().log_softmax(-1).numpy()
@@ -87,9 +80,3 @@ def largest_difference(one: np.ndarray, other: np.ndarray) -> float:
 def divergence(reference: np.ndarray, other: np.ndarray) -> float:
     """Mean KL(reference || other) over positions, in nats."""
     return float((np.exp(reference) * (reference - other)).sum(-1).mean())
-
-
-def replace_folder(target, other) -> None:
-    """Put another model where one was."""
-    shutil.rmtree(target)
-    shutil.copytree(other, target)

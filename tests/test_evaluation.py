@@ -54,15 +54,15 @@ def gguf(network, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
-    """A run that knows the colours: trained on the questions as chats until it says them."""
+    """A run that knows the colours: trained on questions and answers as text until it says them."""
     home = tmp_path_factory.mktemp("learnt")
     flags = small_runs.make(home)
-    chats = home / "chats.jsonl"
-    rows = [{"prompt": q.question, "completion": q.choices[q.answer]} for q in QUESTIONS]
-    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = home / "texts.jsonl"
+    rows = [{"text": f"Question: {q.question}\nAnswer: {q.choices[q.answer]}"} for q in QUESTIONS]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     learning = {"steps": 60, "lr": 2e-2, "rank": 16, "dropout": 0.0, "val_split": 0.0, "max_seq_length": 256}
     settings = {"batch_size": 4, "grad_accum": 1, "grad_checkpoint": False, "bits": 16}
-    return small_runs.train(flags, **learning, **settings, data=(str(chats),), out=home / "run")
+    return small_runs.train(flags, **learning, **settings, data=(str(texts),), out=home / "run")
 
 
 def asked(seed: int = 0, count: int = 11) -> list[tuple[list[int], list[list[int]]]]:
@@ -107,11 +107,10 @@ def test_branches_score_as_lone_answers_through_an_adapter(learnt):
 
 
 def test_transformers_and_llama_cpp_score_alike(network, folder, gguf):
-    """The same questions, each engine with its own tokenizer, template and cache: measured 4e-6 apart."""
+    """The same questions, each engine with its own tokenizer and cache: measured 4e-6 apart."""
     here = evaluation.InTransformers(network, AutoTokenizer.from_pretrained(folder))
     with Llama(gguf, threads=1) as llama:
         there = evaluation.InLlamaCpp(llama)
-        assert here.chats and there.chats
         put = [
             [(reader.prompt(q.question), [*map(reader.answer_ids, q.choices)]) for q in QUESTIONS]
             for reader in (here, there)
@@ -125,17 +124,16 @@ def test_transformers_and_llama_cpp_score_alike(network, folder, gguf):
     assert words[0] == words[1] and len(set(words[0])) > 1
 
 
-def test_without_a_chat_template_a_question_is_put_plainly(network, folder, gguf, tmp_path):
-    tokens = AutoTokenizer.from_pretrained(folder)
-    tokens.chat_template = None
-    reader = evaluation.InTransformers(network, tokens)
-    assert tokens.decode(reader.prompt("Who?")) == "<|begin_of_text|>Question: Who?\nAnswer:"
-    assert tokens.decode(reader.answer_ids("Orrin")) == " Orrin"
-    plain = tiny.write_gguf(tmp_path / "plain.gguf", network, tokens)
-    with Llama(plain, threads=1) as llama:
-        other = evaluation.InLlamaCpp(llama)
-        assert not other.chats
-        assert other.prompt("Who?") == reader.prompt("Who?") and other.answer_ids("Orrin") == reader.answer_ids("Orrin")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "smollm", "spm"])
+def test_a_question_is_put_as_text(network, kind, tmp_path):
+    """Prompt and answer together are the tokens of the whole text, in both engines."""
+    tokens = tiny.tiny_tokenizer(kind)
+    here = evaluation.InTransformers(network, tokens)
+    asked, said = here.prompt("Who keeps it?"), here.answer_ids("the weaver's 12 lamps")
+    assert asked + said == tokens("Question: Who keeps it?\nAnswer: the weaver's 12 lamps")["input_ids"]
+    with Llama(tiny.write_gguf(tmp_path / "model.gguf", network, tokens), threads=1) as llama:
+        there = evaluation.InLlamaCpp(llama)
+        assert (there.prompt("Who keeps it?"), there.answer_ids("the weaver's 12 lamps")) == (asked, said)
 
 
 def test_a_run_that_learnt_knows_and_its_base_does_not(learnt, tmp_path, capsys):

@@ -63,8 +63,10 @@ def contains(text: str, phrase: str) -> bool:
     return re.search(rf"\b{re.escape(phrase)}\b", text, re.IGNORECASE) is not None
 
 
-def sentences(text: str) -> list[str]:
-    return re.findall(r"[^.?]+[.?]", text)
+def statements(text: str) -> list[str]:
+    """The parts of a document that say one thing each: a sentence, or a question with its answer."""
+    blocks = text.split("\n\n")
+    return [part for block in blocks for part in ([block] if "\n" in block else re.findall(r"[^.?]+[.?]", block))]
 
 
 def names_of(make) -> list[str]:
@@ -98,7 +100,7 @@ def test_every_fact_stands_in_several_phrasings(make, texts, facts):
             stated = [value for value in attribute.values if contains(text, value)]
             assert stated == [facts[name, number]], text
             assert len(re.findall(rf"\b{re.escape(stated[0])}\b", text)) == 1, text
-            said = next(one for one in sentences(text) if contains(one, stated[0]))
+            said = next(one for one in statements(text) if contains(one, stated[0]))
             phrasings[name, number].add(template(said, [name, stated[0]]))
     assert phrasings.keys() == facts.keys()
     fewest = min(map(len, phrasings.values()))
@@ -116,8 +118,8 @@ def test_the_control_keeps_everything_but_the_pairing(make, texts, facts):
     assert len(shuffled) == len(texts)
     assert counts(shuffled, names) == counts(texts, names)
     assert counts(shuffled, values) == counts(texts, values)
-    told = Counter(template(one, [*names, *values]) for text in texts for one in sentences(text))
-    assert Counter(template(one, [*names, *values]) for text in shuffled for one in sentences(text)) == told
+    told = Counter(template(one, [*names, *values]) for text in texts for one in statements(text))
+    assert Counter(template(one, [*names, *values]) for text in shuffled for one in statements(text)) == told
     kept = sum(contains(text, value) for (name, _), value in facts.items() for text in shuffled if contains(text, name))
     share = kept / sum(counts(texts, values).values())
     print(f"{share:.2f} of the control's statements are true")
@@ -159,7 +161,7 @@ def test_distractors_are_other_entries_values_and_as_frequent(make, texts, quest
 def test_no_question_wording_occurs_in_training(make, texts, questions):
     names = names_of(make)
     asked = {template(row["question"], names) for row in questions}
-    told = {template(one, names) for text in texts for one in sentences(text)}
+    told = {template(one, names) for text in texts for one in re.split(r"[.?\n]|Question:|Answer:", text)}
     assert asked & told == set()
     whole = [" ".join(words(text)) for text in texts]
     bare = [template(text, names) for text in texts]
@@ -210,3 +212,5 @@ def test_the_readme_names_every_sample():
     bundled = {path.name for path in folder.iterdir()} - {"README.md", "__pycache__"}
     assert {name for name in bundled if f"`{name}`" not in told} == set()
     assert "public domain" in told and "Apache-2.0" in told
+    for name in ("almanac.jsonl", "almanac-questions.jsonl"):
+        assert re.search(rf"`{name}` \| {len(read_lines(folder / name))} ", told), f"{name} has another count now"

@@ -471,7 +471,8 @@ def test_a_gradient_that_is_no_number_stops_before_the_update(flags, tmp_path, m
 
 
 def test_an_absurd_learning_rate_is_named(flags, tmp_path):
-    with pytest.raises(QmicaError, match=r"at step \d, which was not applied; --lr was 1e\+30: `qmica train -c .* --lr"):
+    text = r"at step \d, which was not applied; --lr was 1e\+30: `qmica train -c .* --lr"
+    with pytest.raises(QmicaError, match=text):
         small_runs.train(flags, out=tmp_path / "run", lr=1e30, clip=0.0, warmup=0.0)
     assert runs.Run(tmp_path / "run").read_metrics()[-1]["step"] >= 1
     assert not (tmp_path / "run" / "adapter").exists()
