@@ -249,7 +249,7 @@ def stored_bits(model: nn.Module) -> int:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """An adapter folder of qmica's or PEFT's, its tensors in memory (a few MB). Raises QmicaError for what is not one."""
+    """An adapter folder of qmica's or PEFT's, its tensors in memory (a few MB). Raises QmicaError for anything else."""
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
     ours = _read_json(folder / QMICA) if (folder / QMICA).exists() else None

@@ -3,9 +3,9 @@ llama.cpp.
 
 How: a question is put as text (`Question: … Answer:`), and each choice is scored by the mean log-probability of its
 tokens after that prompt; the likeliest is the answer. In transformers a question is one row: the prompt once, then its
-choices as branches that see the prompt and themselves (a 4-D mask, positions restarting after the prompt), which reads a
-prompt of 17 tokens once in place of four times. In llama.cpp the same ids share the prompt's cache. Base and tuned are
-one model with the adapter switched off and on.
+choices as branches that see the prompt and themselves (a 4-D mask, positions restarting after the prompt), which reads
+a prompt of 17 tokens once in place of four times. In llama.cpp the same ids share the prompt's cache. Base and tuned
+are one model with the adapter switched off and on.
 
 What it gives up: chat templates, which at this size answer worse from what was learnt as text (measured: accuracy 0.28
 against 0.41), and few-shot prompts.

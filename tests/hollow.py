@@ -1,7 +1,8 @@
-"""Model files of any size whose weights are holes: headers are real, the data is zeros that take no disk and no time to write.
+"""Model files of any size whose weights are holes: headers are real, the data is zeros that take no disk and no time
+to write.
 
-For tests of memory, which does not depend on what the weights are. A folder of safetensors in bf16, one as bitsandbytes saves 4-bit
-models, a GGUF of any block type.
+For tests of memory, which does not depend on what the weights are. A folder of safetensors in bf16, one as
+bitsandbytes saves 4-bit models, a GGUF of any block type.
 """
 
 import json
@@ -46,7 +47,9 @@ def write_folder(folder: Path, config: dict) -> Path:
     """config.json and model.safetensors in bf16."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    write_safetensors(folder / "model.safetensors", {name: ("BF16", shape) for name, shape in shapes(config).items()}, {})
+    write_safetensors(
+        folder / "model.safetensors", {name: ("BF16", shape) for name, shape in shapes(config).items()}, {}
+    )
     return folder
 
 

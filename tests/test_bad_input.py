@@ -101,7 +101,10 @@ def changed_folder(models, folder, **config) -> Path:
 @pytest.mark.parametrize(
     "name, text",
     [
-        ("7bb", "model '7bb' not found: it is no alias (nearest: 7b, 72b), and no file or folder here; a hub id is org/name"),
+        (
+            "7bb",
+            "model '7bb' not found: it is no alias (nearest: 7b, 72b), and no file or folder here; a hub id is org/name",
+        ),
         ("./nope", "model ./nope not found: no such file or folder; give a path, a hub id (org/name) or an alias"),
         ("a/b.gguf", "model a/b.gguf not found: no such file or folder; give a path, a hub id (org/name) or an alias"),
     ],
@@ -181,7 +184,11 @@ def test_a_device_that_is_not_here(refused, monkeypatch):
         ("empty.txt", "", "empty.txt is empty: write something into it or delete it"),
         ("white.txt", " \n\n", "white.txt has no text in it: write something into it or leave it out"),
         ("empty.jsonl", "\n", "empty.jsonl has no text in it: write something into it or leave it out"),
-        ("notes.docx", "x", "notes.docx has .docx; qmica reads .txt .md .jsonl .json .csv .parquet: convert or rename it"),
+        (
+            "notes.docx",
+            "x",
+            "notes.docx has .docx; qmica reads .txt .md .jsonl .json .csv .parquet: convert or rename it",
+        ),
         (
             "broken.jsonl",
             '{"text": "a"}\n{"text": oops}\n',
@@ -208,7 +215,10 @@ def test_unusable_data(refused, here, name, content, text):
 def test_missing_data(refused, here):
     looked = f"(looked in {here}): give a path, or a dataset of the hub as org/name"
     assert refused("train --model {models}/llama -d none.jsonl") == f"no file or folder 'none.jsonl' {looked}"
-    assert refused("train --model {models}/llama -d notes.txt --replay none.txt") == f"no file or folder 'none.txt' {looked}"
+    assert (
+        refused("train --model {models}/llama -d notes.txt --replay none.txt")
+        == f"no file or folder 'none.txt' {looked}"
+    )
     assert refused("eval {run} --data none.txt") == f"no file or folder 'none.txt' {looked}"
     (here / "folder").mkdir()
     assert refused("train --model {models}/llama -d folder") == (
@@ -269,7 +279,9 @@ def test_the_adapter_on_the_wrong_base(refused, models, trained, here):
 def test_an_adapter_gguf_on_the_wrong_base(refused, models, here):
     write_gguf(here / "qwen2.gguf", tiny_model("qwen2"))
     said = refused("chat qwen2.gguf --adapter {run}/run.adapter.gguf --prompt hello")
-    assert re.fullmatch(r"llama.cpp cannot put the adapter .*: model arch and LoRA arch mismatch; give its own base", said)
+    assert re.fullmatch(
+        r"llama.cpp cannot put the adapter .*: model arch and LoRA arch mismatch; give its own base", said
+    )
     assert refused("chat {models}/llama.gguf --adapter none.gguf --prompt hello") == (
         "none.gguf is not a file: give the path of an adapter GGUF (qmica export --adapter makes one)"
     )

@@ -1,4 +1,6 @@
-"""MicaLinear against its formula written out, and its gradients against plain autograd and float64 finite differences."""
+"""MicaLinear against its formula written out, and its gradients against plain autograd and float64 finite
+differences.
+"""
 
 import pytest
 import torch
@@ -113,7 +115,9 @@ def test_gradcheck():
 @pytest.mark.parametrize("bits", BITS)
 def test_a_step_of_training_moves_A_alone(bits):
     layer = adapted(bits)
-    before = {name: part.detach().clone() for name, part in layer.state_dict().items() if isinstance(part, torch.Tensor)}
+    before = {
+        name: part.detach().clone() for name, part in layer.state_dict().items() if isinstance(part, torch.Tensor)
+    }
     optimizer = torch.optim.AdamW([part for part in layer.parameters() if part.requires_grad], lr=1e-2)
     layer(random(5, 64, seed=1)).square().sum().backward()
     optimizer.step()
@@ -174,7 +178,9 @@ def test_only_its_input_is_saved(bits):
     """What FACTS says of plain autograd: x, A and B, and the rank-wide product; nothing of the frozen base."""
     layer, x = adapted(bits), random(100, 64, seed=1).requires_grad_()
     saved = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t) is None or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.setdefault(t.data_ptr(), t) is None or t, lambda t: t
+    ):
         layer(x)
     sizes = sorted(tensor.numel() for tensor in saved.values())
     assert sizes == sorted([x.numel(), layer.A.numel(), layer.B.numel()]), sizes

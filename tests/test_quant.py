@@ -1,4 +1,6 @@
-"""Frozen linears: bytes against transformers + bitsandbytes, arithmetic against plain autograd, and what a graph keeps of them."""
+"""Frozen linears: bytes against transformers + bitsandbytes, arithmetic against plain autograd, and what a graph
+keeps of them.
+"""
 
 import ctypes
 import weakref
@@ -138,7 +140,9 @@ def test_dequantized_values(dtype):
 
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.10), (8, 0.008), (16, 1e-9)])
 def test_quantization_loses_what_it_should(bits, most):
-    """Relative error of Gaussian bf16 weights: NF4 0.095, int8 0.0066 (row maximum 3 sigma / 127 / sqrt(12)), bf16 none."""
+    """Relative error of Gaussian bf16 weights: NF4 0.095, int8 0.0066 (row maximum 3 sigma / 127 / sqrt(12)), bf16
+    none.
+    """
     weight = matrix(256, 512)
     lost = float(
         (quant.dequantize(quant.quantize(weight, None, bits, CPU)) - weight.float()).norm() / weight.float().norm()
@@ -195,7 +199,9 @@ def test_gradcheck_nf4_in_fp32():
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_saved_on_the_graph(bits, dtype):
-    """Neither among autograd's saved tensors nor on the node beside them, which is where bitsandbytes' int8 hides its input."""
+    """Neither among autograd's saved tensors nor on the node beside them, which is where bitsandbytes' int8 hides its
+    input.
+    """
     linear, x = frozen(bits), inputs(dtype=dtype)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
@@ -233,7 +239,9 @@ def anonymous_bytes():
 
 
 def held_by_checkpoints(linears):
-    """What exists after a checkpointed forward of three blocks of four linears, in activations of 8 MB; and the gradient."""
+    """What exists after a checkpointed forward of three blocks of four linears, in activations of 8 MB; and the
+    gradient.
+    """
     x = inputs(256, (8192,))
     blocks = [Block(linears[at : at + 4]) for at in (0, 4, 8)]
 

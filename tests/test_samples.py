@@ -149,7 +149,9 @@ def test_the_answers_are_true_and_their_places_balanced(make, questions, facts):
 def test_distractors_are_other_entries_values_and_as_frequent(make, texts, questions):
     """Nothing but the pairing may tell them from the answer: neither their attribute nor how often they were read."""
     pools = {frozenset(attribute.values) for kind in make.KINDS for attribute in kind.attributes}
-    said = {value: sum(len(re.findall(rf"\b{re.escape(value)}\b", t)) for t in texts) for pool in pools for value in pool}
+    said = {
+        value: sum(len(re.findall(rf"\b{re.escape(value)}\b", t)) for t in texts) for pool in pools for value in pool
+    }
     for row in questions:
         assert len(set(row["choices"])) == 4
         assert any(set(row["choices"]) <= pool for pool in pools), row

