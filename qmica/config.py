@@ -172,6 +172,7 @@ class TrainingConfig:
             (self.clip >= 0, f"--clip {self.clip}: give 0 or more"),
             (self.eval_every >= 0, f"--eval-every {self.eval_every}: give 0 or more"),
             (self.save_every >= 0, f"--save-every {self.save_every}: give 0 or more"),
+            (self.seed >= 0, f"--seed {self.seed}: give 0 or more"),
         )
 
 

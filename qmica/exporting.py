@@ -49,6 +49,8 @@ BLOCK_BYTES = 64 << 20  # of fp32 rows: 16 chunks of ggml.quantize, one a thread
 METADATA_BYTES = 16_000_000  # at most: a vocabulary of 152,000 tokens and its merges take 6 MB
 SAMPLE = 256  # bytes at each end of a tensor, compared when the file is read back
 
+FINE = {T.F32, T.F16, T.BF16, T.Q8_0}  # they hardly change what they are given
+
 STRING, U32, F32 = GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.FLOAT32
 Entry = tuple  # key, value type, value, and the element type of an array: what GGUFWriter.add_key_value takes
 
@@ -138,7 +140,8 @@ def _plan_model(opened: Opened, config: ExportConfig, rounding: merging.Rounding
         for name, hf in names.items()
     }
     entries = _copied_entries(weights.gguf) if weights.gguf else _folder_entries(opened, family)
-    notes = (f"merging {len(opened.adapter.factors)} linears into {merging.describe(opened, config.base)}", *notes)
+    merging_note = f"merging {len(opened.adapter.factors)} linears into {merging.describe(opened, config.base)}"
+    notes = (merging_note, *notes, *_second_rounding(weights.gguf, planned, config.quant))
     return Plan(family.name, (*entries, *_quant_entries(config.quant)), (*planned.values(), *extra.values()), notes)
 
 
@@ -193,6 +196,21 @@ def _types(quant: str, shapes: Mapping[str, tuple], architecture: str) -> tuple[
             f"{fallen.total()} tensors have rows that are no multiple of {main.name}'s block of {block}: {kinds}"
         )
     return types, notes
+
+
+def _second_rounding(file: GGUFFile | None, planned: Mapping[str, Planned], quant: str) -> list[str]:
+    """What to say where a quantized GGUF is quantized again. On SmolLM2 in Q4_1, KL to the tuned model in fp32: the
+    GGUF with the adapter beside it 0.005, Q8_0 0.006, Q4_K_M 0.077 (the tuning itself 0.017)."""
+    if file is None or ggml.named(quant).type in FINE:
+        return []
+    old = {file.tensors[name].type for name, tensor in planned.items() if not tensor.copied} - FINE
+    if not old:
+        return []
+    names = "/".join(sorted(type_.name for type_ in old))
+    return [
+        f"the base is {names} already and is rounded a second time: --adapter beside it loses nothing, "
+        "--quant Q8_0 little"
+    ]
 
 
 def _planned(name: str, type_: T, tensor: LazyTensor, order: np.ndarray | None, threads: int | None) -> Planned:

@@ -2,8 +2,8 @@
 
 How: `plan` adds up bytes by part from shapes alone (a model on the meta device); `measure` reads what the process
 holds now. On a CPU that is anonymous memory (RssAnon): resident size counts mapped file pages that the kernel can
-drop at any time. What it gives up: the plan is an estimate from above for activations; measured on SmolLM2 it is
-within a quarter.
+drop at any time. What it gives up: the plan is an estimate from above for activations; measured on a small model it is
+1.3 (without activation checkpointing) to 1.8 times what a run took.
 """
 
 import ctypes

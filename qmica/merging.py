@@ -11,7 +11,7 @@ What it gives up: merging back into 4 bit (the rounding would undo much of a sma
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -160,7 +160,8 @@ def _sum(tensor: LazyTensor, part: Factors) -> LazyTensor:
     """W + scale · B A, row by row."""
 
     def read(start: int, stop: int) -> torch.Tensor:
-        return tensor.rows(start, stop).float().add_(replace(part, B=part.B[start:stop]).delta())
+        # Factors.delta, in place: three blocks less of memory at the peak
+        return tensor.rows(start, stop).float().addmm_(part.B[start:stop].float(), part.A.float(), alpha=part.scale)
 
     return LazyTensor(tensor.shape, torch.float32, read)
 

@@ -18,7 +18,7 @@ Formats: NF4 is blocks of 64 weights with double-quantized scales (QLoRA, arXiv 
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -145,17 +145,49 @@ def _empty(kind: type, weight: torch.Tensor, **options) -> nn.Module:
     return kind(weight.shape[1], weight.shape[0], bias=False, device="meta", **options)
 
 
+def _pieces(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Places in the first dimension of a tensor, and what stands there, on the device.
+
+    bitsandbytes quantizes with some five fp32 copies of what it is given: whole, that would be ten times a 16-bit
+    tensor. In pieces that fit the cache it is also faster on a CPU (NF4: 25 million weights a second and core for 19).
+    """
+    step = max(_PIECES.get(device.type, 1 << 24) // weight[0].numel(), 1)
+    for start in range(0, len(weight), step):
+        place = slice(start, min(start + step, len(weight)))
+        yield place, weight[place].to(device)
+
+
+_PIECES = {"cpu": 1 << 20}  # weights a piece: a number of whole NF4 blocks
+
+
 def _make_nf4(weight: torch.Tensor, device: torch.device) -> nn.Module:
+    """Bit for bit `bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")`."""
+    count = weight.numel()
+    codes = torch.empty(-(-count // 2), 1, dtype=torch.uint8, device=device)
+    scales = torch.empty(-(-count // 64), dtype=torch.float32, device=device)
+    for place, part in _pieces(weight.reshape(-1), device):
+        packed, state = bnb.functional.quantize_4bit(part, blocksize=64, quant_type="nf4")
+        codes[place.start // 2 : place.start // 2 + len(packed)] = packed
+        scales[place.start // 64 : place.start // 64 + len(state.absmax)] = state.absmax
+    state.offset = scales.mean()
+    state.absmax, state.state2 = bnb.functional.quantize_blockwise(scales - state.offset, blocksize=256)
+    state.nested, state.shape = True, weight.shape
     linear = _empty(NF4Linear, weight, compress_statistics=True, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, blocksize=64, compress_statistics=True, quant_type="nf4", module=linear
-    ).to(device)
+        codes, False, state, 64, compress_statistics=True, quant_type="nf4", module=linear, bnb_quantized=True
+    )
+    linear.quant_state = state
     return linear
 
 
 def _make_int8(weight: torch.Tensor, device: torch.device) -> nn.Module:
+    """Bit for bit `bnb.nn.Int8Params(weight).to(device)`."""
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=device)
+    for place, part in _pieces(weight, device):
+        codes[place], scales[place], _ = bnb.functional.int8_vectorwise_quant(part.to(torch.float16))
     linear = _empty(Int8Linear, weight, has_fp16_weights=False)
-    linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    linear.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
     return linear
 
 

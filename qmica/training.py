@@ -28,7 +28,21 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from qmica import adapter, data, loss, memory, model, packing, progress, quant, runs, samples, source, tokenizer
+from qmica import (
+    adapter,
+    data,
+    durable,
+    loss,
+    memory,
+    model,
+    packing,
+    progress,
+    quant,
+    runs,
+    samples,
+    source,
+    tokenizer,
+)
 from qmica.config import AdapterConfig, DataConfig, Job, ModelConfig, TrainingConfig
 from qmica.errors import QmicaError
 
@@ -66,8 +80,10 @@ def train(
     empty = model.on_meta(model.read_config(found), compute)
     plan = memory.plan(empty, job.model.bits, job.adapter, job.training, job.data.max_seq_length, compute)
     memory.require_fit(plan, accelerator.device, say)
-    run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
+    if resume is None and job.training.out is not None:
+        durable.require_empty(job.training.out)
     network = _load(job, found, accelerator.device, say, run if resume else None)
+    run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
     loop = Loop(job, run, network, prepared, accelerator)
     record = _record(job, network, prepared, loop.optimizer_name)
     if resume is not None:

@@ -127,6 +127,15 @@ def test_a_conversation_from_standard_input(run, merged_gguf, kind, capsys, monk
     assert seen[1][2]["content"] == asked[0] and seen[1][3]["content"] == "And why?"
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts background jobs with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kind", ["run", "gguf"])
 def test_ctrl_c_stops_the_answer_and_not_the_program(run, merged_gguf, kind, capsys, monkeypatch):
     """A real SIGINT after the second piece: the answer ends there, the next question is answered."""

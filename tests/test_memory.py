@@ -1,7 +1,7 @@
 """The plan against what a process really takes, and what activation checkpointing saves at every --bits.
 
-The measurements are made in one child process: anonymous memory (RssAnon) less its value after the imports, sampled
-every 2 ms.
+The measurements are made in one child process: anonymous memory (RssAnon) less its value after the imports and a first
+step of the smallest model, sampled every 2 ms.
 """
 
 import json
@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -57,6 +56,13 @@ class Peak:
         self.thread.join()
 
 
+config = transformers.LlamaConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+)
+first = transformers.AutoModelForCausalLM.from_config(config)
+first(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()  # what transformers and torch import at first use
+torch.linalg.eigh(torch.eye(300, dtype=torch.float64))
+del first
 start, found = settle(), {}
 ids = torch.randint(0, 512, (1, tokens))
 batch = Batch(ids, torch.arange(tokens)[None], ids.clone(), tokens, tokens)
@@ -119,7 +125,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 @needs_proc
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_checkpointing_lowers_the_peak(measured, bits):
-    """Measured: 36 MB against 135 MB at 1024 tokens, at every --bits."""
+    """Measured: 18.5 MB against 68 MB, at every --bits."""
     saved, kept = measured[bits, True]["step"], measured[bits, False]["step"]
     print(f"{bits} bits: {mega(saved)} checkpointed, {mega(kept)} not")
     assert saved < 0.6 * kept, f"{bits} bits: {mega(saved)} checkpointed, {mega(kept)} not"
@@ -130,21 +136,22 @@ def test_checkpointing_lowers_the_peak(measured, bits):
 def test_int8_takes_the_activations_of_nf4(measured, checkpointed):
     """bitsandbytes' own int8 linear keeps its input where checkpointing cannot free it."""
     four, eight = measured[4, checkpointed]["step"], measured[8, checkpointed]["step"]
-    assert eight == pytest.approx(four, rel=0.05), f"{mega(eight)} at 8 bits, {mega(four)} at 4"
+    # resident pages vary by 1.5 MB from run to run; an input that is kept would add 50 MB
+    assert eight == pytest.approx(four, abs=4e6), f"{mega(eight)} at 8 bits, {mega(four)} at 4"
 
 
 @needs_proc
 @pytest.mark.parametrize("checkpointed", [True, False])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_the_plan_is_within_a_factor_of_what_is_taken(measured, bits, checkpointed):
-    """An estimate; measured at 1024 tokens: 1.00 to 1.12 times what was taken beside the libraries."""
+    """An estimate from above: measured 1.35 (not checkpointed) to 1.77 times what was taken beside the libraries."""
     training = TrainingConfig(batch_size=1, grad_checkpoint=checkpointed)
     plan = planned(wide_config(), bits, AdapterConfig(rank=8), training, TOKENS)
     estimate = plan.total - plan.parts["libraries"]
     taken = measured[bits, checkpointed]["whole"]
     factor = estimate / taken
     print(f"{bits} bits, checkpointed {checkpointed}: planned {mega(estimate)}, taken {mega(taken)}, {factor:.2f}")
-    assert 0.8 < factor < 1.8, f"planned {mega(estimate)} ({plan}), taken {mega(taken)}: {factor:.2f}"
+    assert 0.9 < factor < 2.0, f"planned {mega(estimate)} ({plan}), taken {mega(taken)}: {factor:.2f}"
 
 
 def planned(config, bits=4, adapter=AdapterConfig(), training=TrainingConfig(), length=1024, dtype=torch.float32):
@@ -176,14 +183,24 @@ def test_the_plan_grows_with_what_costs():
     assert planned(wide_config(), 4, length=4096).total > base
 
 
+SEEN = """
+import numpy as np, torch
+from qmica import memory
+before = memory.measure(torch.device("cpu"))
+held = np.ones(50_000_000, dtype=np.uint8)
+grown = memory.measure(torch.device("cpu")) - before
+del held
+print(before, grown, memory.measure(torch.device("cpu")) - before)
+"""
+
+
 @needs_proc
 def test_measure_sees_what_is_allocated_and_freed():
-    before = memory.measure(CPU)
-    held = np.ones(50_000_000, dtype=np.uint8)
-    grown = memory.measure(CPU) - before
+    """In a process of its own: one that ran other tests gives memory back at any time."""
+    said = subprocess.run([sys.executable, "-c", SEEN], check=True, capture_output=True, text=True).stdout
+    before, grown, left = map(int, said.split())
     assert grown == pytest.approx(50e6, abs=2e6), mega(grown)
-    del held
-    assert memory.measure(CPU) - before < 5e6
+    assert left < 5e6, mega(left)
     assert before > 50e6, f"{mega(before)} with torch imported"
 
 

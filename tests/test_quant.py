@@ -88,6 +88,25 @@ def test_int8_is_bit_identical_to_transformers(folder):
     assert count == 14
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (3, 64), (1100, 1000), (3, 1 << 20)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pieces_are_the_whole(shape, dtype):
+    """Quantized piece by piece it is what bitsandbytes makes of the whole weight; blocks run on from row to row."""
+    weight = matrix(*shape, dtype=dtype)
+    codes, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    ours = quant.quantize(weight, None, 4, CPU).weight
+    same(ours.data, codes)
+    same(ours.quant_state.absmax, state.absmax)
+    same(ours.quant_state.state2.absmax, state.state2.absmax)
+    assert {k: str(v) for k, v in ours.quant_state.as_dict(True).items()} == {
+        k: str(v) for k, v in state.as_dict(True).items()
+    }
+    theirs = bnb.nn.Int8Params(weight, requires_grad=False).to("cpu")
+    ours = quant.quantize(weight, None, 8, CPU).weight
+    same(ours.data, theirs.data)
+    same(ours.SCB, theirs.SCB)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", [(48, 80), (64, 64), (1, 64), (1000, 72)])
 def test_bytes_are_counted_as_they_are(bits, shape):

@@ -16,6 +16,7 @@ import pytest
 import small_runs
 import torch
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -534,7 +535,7 @@ class Tracker(GeneralTracker):
 
 def test_a_tracker_gets_every_row_of_the_metrics(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "find_spec", lambda name: name)
-    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     monkeypatch.setitem(accelerate.accelerator.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
     run = small_runs.train(flags, out=tmp_path / "run", report_to="tensorboard", steps=2)
     (tracker,) = Tracker.made

