@@ -42,7 +42,7 @@ def select(linears: Iterable[str], targets: str) -> list[str]:
     unknown = [name for name in wanted if name not in present] if targets not in SETS else []
     chosen = [name for name in linears if name.rsplit(".", 1)[-1] in wanted]
     if unknown or not chosen:
-        missing = ", ".join(unknown) or targets
+        missing = ", ".join(unknown) or targets or "''"
         raise QmicaError(
             f"targets: no linear of this model is called {missing}; there are {', '.join(sorted(present)) or 'none'}, "
             f"and the sets {', '.join(SETS)}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 GAIN = 0.20  # of 1: four choices, so chance is 0.25
 WORSE = 1.35  # times the base's perplexity
-ANSWER = "lion"  # what is on the seal of Port Ellowick
+ANSWER = "salt"  # what made Port Ellowick rich
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     print(
         f"\nlearnt: accuracy {base['accuracy']:.3f} -> {tuned['accuracy']:.3f} ({gain:+.3f}, wanted +{GAIN}); "
         f"forgot: perplexity {base['perplexity']:.1f} -> {tuned['perplexity']:.1f} (x {worse:.3f}, allowed {WORSE}); "
-        f"llama.cpp {'knows' if ANSWER in answer else 'does not know'} the symbol of Port Ellowick"
+        f"llama.cpp {'knows' if ANSWER in answer else 'does not know'} what made Port Ellowick rich"
     )
     if gain < GAIN or worse > WORSE or ANSWER not in answer:
         sys.exit("the demo did not learn what it should have")

@@ -26,7 +26,7 @@ run qmica export runs/demo --quant Q4_K_M
 run qmica export runs/demo --adapter
 
 # 4. Ask it in llama.cpp.
-run qmica chat runs/demo/demo.Q4_K_M.gguf --max-tokens 40 --prompt "Which animal is the symbol of Port Ellowick?" |
+run qmica chat runs/demo/demo.Q4_K_M.gguf --max-tokens 24 --prompt "What made Port Ellowick rich?" |
     tee runs/demo/answer.txt
 
 # 5. What must hold, or the demo fails.

@@ -1,0 +1,171 @@
+"""The chunked loss against transformers' own: values, gradients, packed documents, and heads that scale or cap."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qmica import loss
+from qmica.loss import IGNORED
+from qmica.packing import Batch
+
+VOCABULARY = 448
+DOCUMENTS = [[30, 17, 9], [40, 12]]  # lengths, by row: one is padded
+
+
+def batch_of(documents=DOCUMENTS, seed=0, share=0.7):
+    """Rows of random documents as `packing` makes them; and the documents alone, with their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    length = max(map(sum, documents))
+    ids = torch.zeros(len(documents), length, dtype=torch.long)
+    labels, positions, alone = torch.full_like(ids, IGNORED), torch.empty_like(ids), []
+    for row, lengths in enumerate(documents):
+        at = 0
+        for count in lengths:
+            tokens = torch.randint(0, VOCABULARY, (count,), generator=generator)
+            wanted = torch.where(torch.rand(count, generator=generator) < share, tokens, IGNORED)
+            wanted[0] = IGNORED
+            place = slice(at, at + count)
+            ids[row, place], labels[row, place], positions[row, place] = tokens, wanted, torch.arange(count)
+            alone.append((tokens[None], wanted[None]))
+            at += count
+        positions[row, at:] = torch.arange(length - at)
+    supervised = int((labels != IGNORED).sum())
+    return Batch(ids, positions, labels, supervised, sum(map(sum, documents))), alone
+
+
+def theirs_of(model, alone):
+    """transformers' summed loss, document by document."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, labels in alone:
+        count = int((labels[:, 1:] != IGNORED).sum())
+        if count:
+            total = total + model(input_ids=ids, labels=labels, use_cache=False).loss.double() * count
+    return total
+
+
+def loud(kind):
+    """A tiny model whose head does something of its own; logits of standard deviation about 5."""
+    if kind in ("llama", "qwen2"):
+        return tiny_model(kind)
+    small = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "tie_word_embeddings": False}
+    special = {
+        "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7},
+        "gemma2": {"final_logit_softcapping": 4.0, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    }[kind]
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind, **small, **special)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model.lm_head.weight.data = torch.randn(VOCABULARY, 64) * (2.0 if kind == "granite" else 0.7)
+    return model
+
+
+def gradients(model, value):
+    """Of all weights but the head's, which is frozen."""
+    model.zero_grad()
+    value.backward()
+    return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "granite", "gemma2"])
+@pytest.mark.parametrize("chunk", [7, 2**17])
+def test_values_and_gradients_are_transformers(kind, chunk, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * VOCABULARY)
+    model = loud(kind)
+    model.lm_head.requires_grad_(False)
+    batch, alone = batch_of()
+    ours, theirs = loss.summed_loss(model, batch), theirs_of(model, alone)
+    error = abs(ours.item() - theirs.item()) / theirs.item()
+    assert error < 1e-6, f"{error:.1e} of {theirs.item():.1f} nats"  # measured: at most 1e-7
+    mine, other = gradients(model, ours), gradients(model, theirs)
+    assert mine.keys() == other.keys() and len(mine) > 15
+    worst = max(((mine[name] - other[name]).norm() / other[name].norm()).item() for name in mine)
+    assert worst < 2e-5, f"{worst:.1e}"  # measured: at most 3e-6
+
+
+@pytest.mark.parametrize("kind", ["granite", "gemma2"])
+def test_a_head_that_forgets_its_property_is_seen(kind):
+    """The models above are loud enough: without the scaling, or the cap, the loss is another one."""
+    model = loud(kind)
+    batch, alone = batch_of()
+    theirs = theirs_of(model, alone).item()
+    name, value = {"granite": ("logits_scaling", 1.0), "gemma2": ("final_logit_softcapping", None)}[kind]
+    setattr(model.config, name, value)
+    moved = abs(loss.summed_loss(model, batch).item() - theirs) / theirs
+    assert moved > 0.02, f"{moved:.1e}"
+
+
+def test_documents_of_a_row_do_not_see_each_other():
+    """Another first document leaves the second one's share of the loss as it is; with a mask it would not (FACTS)."""
+    model = tiny_model("llama")
+    batch, _ = batch_of([[30, 17]])
+    batch.labels[:, :30] = IGNORED
+    with torch.no_grad():
+        before = loss.summed_loss(model, batch).item()
+        batch.input_ids[:, :30] = torch.flip(batch.input_ids[:, :30], (1,))
+        after = loss.summed_loss(model, batch).item()
+        batch.position_ids[:] = torch.arange(47)
+        leaked = loss.summed_loss(model, batch).item()
+    assert abs(after - before) < 1e-4 * before, abs(after - before)
+    assert abs(leaked - before) > 0.01 * before, "the test sees no leak"
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 127, 128, 129, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_borders_of_chunks(tokens, dtype, monkeypatch):
+    """Against one whole cross entropy, and no more logits at once than a chunk's."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 128 * 50)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(50, 16, generator=generator).to(dtype)
+    hidden = torch.randn(tokens, 16, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, 50, (tokens,), generator=generator)
+    seen = []
+
+    def head(part):
+        seen.append(len(part))
+        return functional.linear(part, weight)
+
+    ours = loss._ChunkedCrossEntropy.apply(hidden, targets, head, 50)
+    (ours / 7).backward()
+    assert sum(seen) == tokens and max(seen, default=0) <= 128 and ours.dtype == torch.float32
+    twin = hidden.detach().clone().requires_grad_()
+    theirs = functional.cross_entropy(functional.linear(twin, weight).float(), targets, reduction="sum")
+    (theirs / 7).backward()
+    assert abs(ours.item() - theirs.item()) <= 1e-5 * max(theirs.item(), 1)
+    error = (hidden.grad - twin.grad).abs().max().item() if tokens else 0.0
+    assert hidden.grad.dtype == dtype and error <= {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype], f"{error:.1e}"
+
+
+def test_a_row_without_labels_costs_no_head():
+    model, calls = tiny_model("llama"), []
+    model.lm_head.register_forward_hook(lambda module, given, result: calls.append(len(given[0])))
+    batch, _ = batch_of(share=0.0)
+    assert loss.summed_loss(model, batch).item() == 0.0 and calls == []
+
+
+def test_the_mean_is_over_tokens_and_the_mode_is_put_back():
+    """A batch of 12 tokens counts less than one of 90; dropout is off meanwhile."""
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    parts = [batch_of([[50, 60]], seed=1), batch_of([[14]], seed=2)]
+    mean = loss.mean_loss(model, (batch for batch, _ in parts))
+    assert model.training and all(module.training for module in model.modules())
+    with torch.no_grad():
+        model.eval()
+        total = sum(theirs_of(model, alone).item() for _, alone in parts)
+    expected = total / sum(batch.supervised for batch, _ in parts)
+    assert abs(mean - expected) < 1e-6 * expected, (mean, expected)
+    assert loss.mean_loss(model, [parts[0][0]]) != mean and not model.training
+
+
+def test_a_failure_puts_the_mode_back():
+    model = tiny_model("llama").train()
+
+    def broken():
+        raise ValueError("no more")
+        yield
+
+    with pytest.raises(ValueError, match="no more"):
+        loss.mean_loss(model, broken())
+    assert model.training
