@@ -356,7 +356,9 @@ def test_a_real_model(smollm2_gguf, tmp_path, capsys):
     plain, both, one = llama_log_p(smollm2_gguf), llama_log_p(smollm2_gguf, [(adapter, 1.0)]), llama_log_p(merged.path)
     effect, kl = divergence(both, plain), divergence(both, one)
     print(f"SmolLM2: {kl:.2e} of {effect:.2e}")
-    assert kl < 0.25 * effect, f"KL {kl:.2e} between the adapter beside the base and in it, of an effect of {effect:.2e}"
+    assert kl < 0.25 * effect, (
+        f"KL {kl:.2e} between the adapter beside the base and in it, of an effect of {effect:.2e}"
+    )
 
 
 # ---- whole or not at all
