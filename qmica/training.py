@@ -67,21 +67,22 @@ def train(
     run = None
     if resume is not None:
         run = runs.find(resume)
+        run.last_checkpoint()  # that there is one is known before anything is loaded
         job = Job.from_flags(run.config().get("train", {}))
+    elif job.training.out is not None:
+        durable.require_empty(job.training.out)
     if job.model.threads:
         torch.set_num_threads(job.model.threads)
     memory.keep_freed_memory()
     accelerator = _accelerator(job)
     say = accelerator.print
     found = source.resolve(job.model.model, job.model.revision, say)
-    tokens = tokenizer.load(found)
-    prepared = _read_data(job, tokens, say)
     compute = model.choose_dtype(job.model.dtype, accelerator.device)
     empty = model.on_meta(model.read_config(found), compute)
+    tokens = tokenizer.load(found)
+    prepared = _read_data(job, tokens, say)
     plan = memory.plan(empty, job.model.bits, job.adapter, job.training, job.data.max_seq_length, compute)
     memory.require_fit(plan, accelerator.device, say)
-    if resume is None and job.training.out is not None:
-        durable.require_empty(job.training.out)
     network = _load(job, found, accelerator.device, say, run if resume else None)
     run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
     loop = Loop(job, run, network, prepared, accelerator)
@@ -91,7 +92,7 @@ def train(
         _require_same(run, record)
         loop.restore(checkpoint)
         say(f"going on after step {loop.step}, from {checkpoint.folder}")
-    _tell(job, network, loop, say)
+    _tell(job, network, loop, empty.num_parameters(), say)
     prompt = job.training.probe or _first_words(prepared, tokens)
     before = _answer(network, tokens, prompt, tuned=False)
     if resume is None and accelerator.is_main_process:
@@ -493,14 +494,13 @@ def _record(job: Job, network: nn.Module, prepared: data.Prepared, optimizer: st
     }
 
 
-def _tell(job: Job, network: nn.Module, loop: Loop, say: Callable[[str], None]) -> None:
-    """What will be trained, how, and how long it will take."""
+def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[str], None]) -> None:
+    """What will be trained beside how many frozen weights, how, and how long it will take."""
     count = sum(part.numel() for part in loop.trained.values())
     layers = sum(1 for _ in adapter.layers(network))
-    kept = network.num_parameters() - count
     say(
         f"{count:,} coefficients in {layers} linears (rank {job.adapter.rank}, alpha {job.adapter.scaling_alpha:g}), "
-        f"beside {kept:,} frozen weights"
+        f"beside {frozen:,} frozen weights"
     )
     seconds = loop.rehearse()
     epoch = loop.stream.first_epoch

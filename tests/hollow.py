@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -91,7 +92,7 @@ def write_gguf(path: Path, config: dict, type: gguf.GGMLQuantizationType) -> Pat
         block, size = gguf.GGML_QUANT_SIZES[stored]
         nbytes = math.prod(shape) // block * size
         packed = (*shape[:-1], shape[-1] // block * size)
-        writer.add_tensor_info(family.gguf_name(name), packed, "uint8", nbytes, raw_dtype=stored)
+        writer.add_tensor_info(family.gguf_name(name), packed, np.dtype(np.uint8), nbytes, raw_dtype=stored)
         end = gguf.GGUFWriter.ggml_pad(end, writer.data_alignment) + nbytes
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -5,7 +5,6 @@ The jobs themselves have their own tests; here a recorder stands in a job's plac
 
 import ast
 import json
-import os
 import re
 import shlex
 import statistics
@@ -334,7 +333,7 @@ FLAGS = {
     "rank": st.integers(1, 99),
     "lr": st.floats(1e-8, 10),
     "steps": st.integers(1, 10**9),
-    "seed": st.integers(-5, 5),
+    "seed": st.integers(0, 2**31),
     "packing": st.booleans(),
     "grad_checkpoint": st.booleans(),
     "optimizer": st.sampled_from(["auto", "adamw", "paged_adamw_8bit"]),
@@ -390,23 +389,18 @@ def test_help_imports_no_torch():
 
 
 def test_help_is_fast():
-    """Median of 10, 0.3 s. A loaded machine (this one runs other work beside the tests) gets two tries."""
-    medians = []
-    for _ in range(2):
-        seconds = []
-        for _ in range(10):
+    """At most 0.3 s, the median of 10; on a machine that is slow or busy, where importing cyclopts and rich alone takes
+    more than half of that, at most twice as long as those imports in alternating runs."""
+    seconds = {"help": [], "imports": []}
+    commands = {"help": ["-m", "qmica", "--help"], "imports": ["-c", "import cyclopts, rich.console"]}
+    for _ in range(10):
+        for name, words in commands.items():
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "qmica", "--help"], stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
-            seconds.append(time.perf_counter() - start)
-        medians.append(statistics.median(seconds))
-        if medians[-1] <= 0.3:
-            break
-    print(f"qmica --help: {min(medians):.3f} s")
-    if min(medians) > 0.3 and os.getloadavg()[0] > os.cpu_count():
-        pytest.skip(
-            f"{min(medians):.2f} s under a load of {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs says nothing"
-        )
-    assert min(medians) <= 0.3, f"medians of 10: {medians}"
+            subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"qmica --help: {medians['help']:.3f} s, of which cyclopts and rich {medians['imports']:.3f} s")
+    assert medians["help"] <= max(0.3, 2 * medians["imports"]), medians
 
 
 def test_version():

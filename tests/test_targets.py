@@ -46,7 +46,9 @@ def test_fused_projections_are_in_the_sets():
     """Phi-3 has qkv_proj and gate_up_proj."""
     small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     config = AutoConfig.for_model("phi3", **small, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
-    names = {name: {one.rsplit(".")[-1] for one in targets.select(linears_of(config), name)} for name in ("attn", "mlp")}
+    names = {
+        name: {one.rsplit(".")[-1] for one in targets.select(linears_of(config), name)} for name in ("attn", "mlp")
+    }
     assert names == {"attn": {"qkv_proj", "o_proj"}, "mlp": {"gate_up_proj", "down_proj"}}
 
 
