@@ -240,12 +240,7 @@ def _qmica_json(model: nn.Module) -> dict:
 def base_of(model: nn.Module) -> Base:
     """What a model was loaded from; of a model that qmica did not load the name and the bits are known."""
     known = getattr(model, "qmica_base", None)
-    return known or Base(id=getattr(model, "name_or_path", "") or "unknown", bits=stored_bits(model))
-
-
-def stored_bits(model: nn.Module) -> int:
-    """4, 8 or 16: the least that a linear of the model is stored in."""
-    return min((quant.bits_of(linear) for linear in _linears(model).values()), default=16)
+    return known or Base(id=getattr(model, "name_or_path", "") or "unknown", bits=quant.stored_bits(model))
 
 
 def read_adapter(folder: str | Path) -> Adapter:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
@@ -27,8 +28,8 @@ from qmica.weights import Weights, fingerprint, gguf_config, open_weights, shape
 
 @dataclass(frozen=True)
 class Base:
-    """What a model was loaded from. fingerprint: of the source's bytes; shapes: of its tensors' names and shapes
-    alone.
+    """What a model was loaded from. bits: what its linears are in, whatever was asked for; fingerprint: of the source's
+    bytes; shapes: of its tensors' names and shapes alone.
     """
 
     id: str
@@ -38,7 +39,7 @@ class Base:
     shapes: str | None = None
 
 
-GIVE_BACK_EVERY = 64_000_000  # bytes read
+GIVE_BACK_EVERY = 32_000_000  # bytes read
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -84,8 +85,8 @@ def read_config(source: Source) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise QmicaError(f"{config_file} cannot be used: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        raise QmicaError(f"{config_file} cannot be used: {' '.join(str(error).split())}") from error
     architectures.for_config(config)
     return config
 
@@ -105,9 +106,7 @@ def load(
     chosen = choose_device(device)
     compute = choose_dtype(dtype, chosen)
     config = read_config(source)
-    config.quantization_config = (
-        None  # a checkpoint that bitsandbytes quantized is loaded by this walk, not by transformers
-    )
+    config.quantization_config = None  # what bitsandbytes quantized is loaded by this walk, not by transformers
     del config.quantization_config
     model = on_meta(config, compute)
     weights = open_weights(source)
@@ -119,7 +118,8 @@ def load(
             quant.freeze(module)  # a tied head has no tensor of its own
     model.generation_config = _generation_config(source, config)
     model.name_or_path = source.id
-    model.qmica_base = Base(source.id, source.revision, bits, fingerprint(weights), shapes_fingerprint(weights))
+    stored = quant.stored_bits(model)
+    model.qmica_base = Base(source.id, source.revision, stored, fingerprint(weights), shapes_fingerprint(weights))
     return model.requires_grad_(False).eval()
 
 
@@ -149,11 +149,11 @@ def _check_names(model: nn.Module, weights: Weights, source: Source) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     expected = sorted(_expected(model))
     missing = [name for name in expected if name not in weights]
-    packed = weights.packed
+    found = weights.shapes
     wrong = [
-        f"{name} is {tuple(weights[name].shape)}, config.json says {shapes[name]}"
+        f"{name} is {tuple(found[name])}, config.json says {shapes[name]}"
         for name in expected
-        if name in weights and name not in packed and tuple(weights[name].shape) != shapes[name]
+        if name in found and tuple(found[name]) != shapes[name]
     ]
     if missing or wrong:
         problems = [f"{len(missing)} tensors are missing ({', '.join(missing[:3])})"] if missing else []
@@ -167,11 +167,12 @@ def _fill(model: nn.Module, weights: Weights, bits: int, compute: torch.dtype, d
     for done, name in enumerate(expected, start=1):
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
-        if kind == "weight" and quant.is_linear(module):
-            model.set_submodule(path, _linear(model, weights, name, bits, compute, device))
+        if quant.is_linear(module):
+            if kind == "weight":  # the bias comes with it
+                model.set_submodule(path, _linear(module, weights, name, bits, compute, device))
         elif isinstance(module, nn.Embedding):
             _fill_embedding(module, weights[name].load(), compute, device)
-        elif not isinstance(module, quant.FrozenLinear) or kind != "bias":  # a linear's bias came with its weight
+        else:
             value = weights[name].load().to(device=device, dtype=compute)
             module.register_parameter(kind, nn.Parameter(value, requires_grad=False))
         read += weights[name].nbytes
@@ -192,14 +193,15 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _linear(model, weights: Weights, name: str, bits: int, compute: torch.dtype, device: torch.device) -> nn.Module:
-    """The frozen linear for one weight: packed as the file has it, or quantized to `bits` now."""
+def _linear(
+    module: nn.Module, weights: Weights, name: str, bits: int, compute: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The frozen linear in place of an empty one: packed as the file has it, or quantized to `bits` now."""
     path = name.removesuffix(".weight")
-    bias = weights[f"{path}.bias"].load().to(compute) if f"{path}.bias" in weights else None
+    bias = None if module.bias is None else weights[f"{path}.bias"].load().to(compute)
     if name in weights.packed:
         parts = {part: weights[f"{path}.{part}"].load() for part in weights.packed[name]}
-        shape = tuple(model.get_submodule(path).weight.shape)
-        return quant.from_packed(shape, parts, bias, device)
+        return quant.from_packed(tuple(module.weight.shape), parts, bias, device)
     return quant.quantize(weights[name].load(), bias, 16 if targets.stays_16bit(name) else bits, device)
 
 

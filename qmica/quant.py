@@ -261,6 +261,11 @@ def bits_of(module: nn.Module) -> int:
 _BITS = {bnb.nn.Linear4bit: 4, bnb.nn.Linear8bitLt: 8}
 
 
+def stored_bits(model: nn.Module) -> int:
+    """4, 8 or 16: the least that a linear of the model is stored in."""
+    return min((bits_of(module) for module in model.modules() if is_linear(module)), default=16)
+
+
 def _paged(parameters, lr: float, betas: tuple[float, float], weight_decay: float, device: torch.device):
     """AdamW with 8-bit states (arXiv 2110.02861) in managed memory, which the driver moves to the host under
     pressure.
