@@ -114,9 +114,12 @@ def attach(
     chosen = targets.select(list(_linears(model)), options.targets)
     _freeze(model)
     generator = torch.Generator().manual_seed(seed)
+    adapted = {}
     for done, name in enumerate(chosen, start=1):
-        model.set_submodule(name, _adapted(name, model.get_submodule(name), options, generator))
+        adapted[name] = _adapted(name, model.get_submodule(name), options, generator)
         progress(done, len(chosen))
+    for name, layer in adapted.items():  # only now: where a rank does not fit, the model is still bare
+        model.set_submodule(name, layer)
     return _wire(model, options)
 
 
@@ -246,6 +249,7 @@ def base_of(model: nn.Module) -> Base:
 def read_adapter(folder: str | Path) -> Adapter:
     """An adapter folder of qmica's or PEFT's, its tensors in memory (a few MB). Raises QmicaError for anything else."""
     folder = Path(folder)
+    runs.require_result(folder)
     config = _read_json(folder / CONFIG)
     ours = _read_json(folder / QMICA) if (folder / QMICA).exists() else None
     _require_plain(config, folder)

@@ -71,10 +71,7 @@ class Run:
         path = self.folder / _CONFIG
         if not path.exists() or is_adapter(self.folder):
             return {}
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise QmicaError(f"{path} is damaged: {error}") from error
+        return _read(path)
 
     def model_config(self, base) -> dict:
         """The fields of ModelConfig that load this run's base: the run's own flags, else what the adapter says of its
@@ -95,9 +92,17 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict]:
+        """The rows of metrics.jsonl, without a last line that is torn: the machine stopped in the middle of it."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        rows, lines = [], self.metrics.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise QmicaError(f"{self.metrics} is damaged in line {number}: {error}") from error
+        return rows
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`: a resumed run writes them again."""
@@ -117,7 +122,7 @@ class Run:
             (part / _STATE).write_text(json.dumps(state), encoding="utf-8")
             files = {path.name: _seal(path) for path in sorted(part.iterdir())}
             (part / _MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-        for old in sorted(folder.parent.glob("step-*"))[:-KEPT]:
+        for old in self._checkpoints()[:-KEPT]:
             shutil.rmtree(old)
         return folder
 
@@ -126,13 +131,33 @@ class Run:
         there are.
         """
         problems = []
-        for folder in sorted((self.folder / _CHECKPOINTS).glob("step-*"), reverse=True):
+        for folder in reversed(self._checkpoints()):
             problem = _damage(folder)
             if problem is None:
-                return Checkpoint(folder, int(folder.name.removeprefix("step-")))
+                return Checkpoint(folder, _step(folder))
             problems.append(problem)
         reason = "; ".join(problems) or "it has no checkpoints (see --save-every)"
         raise QmicaError(f"{self.folder} cannot be resumed: {reason}")
+
+    def _checkpoints(self) -> list[Path]:
+        """The checkpoints' folders, oldest first; not the `.part` of one whose writer was killed."""
+        folders = (self.folder / _CHECKPOINTS).glob("step-*")
+        return sorted((folder for folder in folders if re.fullmatch(r"step-\d+", folder.name)), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _read(path: Path) -> dict:
+    """A JSON object. Raises QmicaError for a damaged file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise QmicaError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise QmicaError(f"{path} is damaged: it holds no JSON object")
+    return content
 
 
 def _seal(path: Path) -> dict:
@@ -144,7 +169,11 @@ def _damage(folder: Path) -> str | None:
     manifest = folder / _MANIFEST
     if not manifest.exists():
         return f"{folder.name} has no {_MANIFEST}"
-    for name, seal in json.loads(manifest.read_text(encoding="utf-8")).items():
+    try:
+        seals = _read(manifest)
+    except QmicaError:
+        return f"{folder.name}/{_MANIFEST} is damaged"
+    for name, seal in {_STATE: None, **seals}.items():
         path = folder / name
         if not path.exists() or _seal(path) != seal:
             return f"{folder.name}/{name} is missing or damaged"
@@ -154,6 +183,30 @@ def _damage(folder: Path) -> str | None:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter's files."""
     return (folder / "adapter_config.json").exists()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run's config.json: a model's has no "train". A damaged one counts: `config` names it."""
+    path = folder / _CONFIG
+    if not path.exists():
+        return False
+    try:
+        return "train" in _read(path)
+    except QmicaError:
+        return True
+
+
+def require_result(adapter: Path) -> None:
+    """Raise QmicaError, saying how to go on, where `adapter` is a run's folder for its result and the result is not
+    there yet.
+    """
+    run = Run(adapter.parent)
+    if adapter.name != _ADAPTER or is_adapter(adapter) or not is_run(run.folder):
+        return
+    advice = f"go on with `qmica train --resume {run.folder}`"
+    if not run._checkpoints():
+        advice = "it left no checkpoint to go on from: train again (see --save-every)"
+    raise QmicaError(f"{run.folder} has no adapter yet, its training has not finished: {advice}")
 
 
 def create(out: Path | None, model: str, data: str) -> Run:
@@ -178,7 +231,7 @@ def _next(stem: str) -> Path:
 
 
 def _all() -> Iterator[Path]:
-    return (folder for folder in HOME.glob("*") if (folder / _CONFIG).exists() or is_adapter(folder))
+    return (folder for folder in HOME.glob("*") if is_run(folder) or is_adapter(folder))
 
 
 def find(name: str | Path | None = None) -> Run:
@@ -190,9 +243,16 @@ def find(name: str | Path | None = None) -> Run:
         if newest is None:
             raise QmicaError(f"there is no run in {HOME.resolve()}: name a run folder, or make one with `qmica train`")
         return Run(newest)
-    for folder in (Path(name), HOME / name):
-        if is_adapter(folder) or (folder / _CONFIG).exists():
+    places = (Path(name), HOME / name)
+    for folder in places:
+        if is_run(folder) or is_adapter(folder):
             return Run(folder)
+    for folder in places:
+        if (folder / _CONFIG).exists():
+            raise QmicaError(
+                f"{folder} is a model, neither a run nor an adapter: name what was trained on it, or train with "
+                f"`qmica train --model {folder}`"
+            )
     known = ", ".join(sorted(folder.name for folder in _all())[:8]) or "none"
     raise QmicaError(
         f"{name} is no run: neither {Path(name)} nor {HOME / name} holds a run or an adapter; runs here: {known}"

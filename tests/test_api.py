@@ -58,7 +58,7 @@ def test_train(jobs):
 
 
 def test_resume(jobs, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"train": {}}')
     from qmica.runs import Run
 
     for resume in (tmp_path, str(tmp_path), Run(tmp_path)):

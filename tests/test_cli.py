@@ -111,7 +111,7 @@ def test_the_other_verbs_hand_over_theirs(jobs):
 def test_resume_takes_a_name_under_runs(jobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "mine" / "config.json").write_text('{"train": {}}')
     assert cli.main(["train", "--resume", "mine"]) == 0
     assert jobs.arguments[-1] == Path("runs/mine")
 
