@@ -109,6 +109,10 @@ class DataConfig:
     """General text mixed in against forgetting: a file, a folder, a hub dataset, or `sample` for the bundled one."""
     replay_ratio: float = 0.25
     """Share of all tokens that is replay, where --replay is given."""
+    replay_target: Literal["base", "text"] = "base"
+    """What replay holds to: base = what the untuned model says at each of its tokens; text = the text itself."""
+    replay_weight: float = 1.0
+    """How much a replayed token counts against one of the data, where --replay-target is base."""
 
     def __post_init__(self):
         object.__setattr__(self, "data", _as_tuple(self.data))
@@ -117,6 +121,7 @@ class DataConfig:
             (self.max_seq_length >= 8, f"--max-seq-length {self.max_seq_length}: give 8 or more"),
             (0 <= self.val_split < 1, f"--val-split {self.val_split}: give 0 or more and less than 1"),
             (0 < self.replay_ratio < 1, f"--replay-ratio {self.replay_ratio}: give more than 0 and less than 1"),
+            (0 < self.replay_weight < inf, f"--replay-weight {self.replay_weight}: give more than 0"),
         )
 
 

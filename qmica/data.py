@@ -22,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 
 from qmica.errors import QmicaError
-from qmica.packing import REPLAY_DRAWS, Examples, draw_replay, replay_target, split, window_lengths
+from qmica.packing import REPLAY_DRAWS, Examples, draw_replay, replay_tokens, split, window_lengths
 from qmica.records import Document, read
 
 CHUNK = 1 << 18  # characters tokenized at once: 30 MB of text take 0.2 GB; in one piece 6.1 GB, in the same time
@@ -356,7 +356,7 @@ def prepare(
     if val_split:
         train, validation = split(train, val_split, seed)
     if replay and replay_ratio:
-        target = replay_target(train, replay_ratio)
+        target = replay_tokens(train, replay_ratio)
         window = min(max_seq_length, max(32, round(target / REPLAY_DRAWS)))
         general = _build(read(replay), tokenizer, _Builder(max_seq_length, window), mask_prompt, say)
         drawn = int(general.lengths[draw_replay(general, target, seed, 0)].sum())

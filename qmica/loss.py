@@ -1,14 +1,20 @@
-"""Cross entropy over chunks of tokens, so that the logits of a batch never exist whole; and the mean loss over batches.
+"""The training loss over chunks of tokens, so that the logits of a batch never exist whole; and the mean over batches.
 
 How: the output head is frozen, so the gradient of the hidden states is all a backward needs. It is computed chunk by
 chunk in the forward, while a chunk's logits exist, and kept (tokens x width) in place of the logits (tokens x
 vocabulary: for SmolLM2 85 times as large, for Llama-3 31 times). Tokens without a label are never multiplied with the
 head.
 
+Two losses share this: cross entropy against labels, and, for replayed text, the divergence from what the base itself
+says there. The base is the same network with its adapter off; it is kept as its last hidden states, and its logits too
+exist for one chunk at a time.
+
 What it gives up: the gradient is computed even where only the value is wanted with gradients enabled.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,18 +24,19 @@ CHUNK_LOGITS = 2**25  # logits at once, 134 MB in fp32: for each chunk a 16-bit 
 IGNORED = -100  # the label of a token that is not supervised, as in torch and transformers
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross entropies of head(hidden) against targets. hidden: (tokens, width), targets: (tokens,)."""
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of `chunk_loss(logits, rows)` over slices of tokens, logits = head(hidden[rows]). hidden: (tokens, width)."""
 
     @staticmethod
-    def forward(ctx, hidden, targets, head, vocabulary):
+    def forward(ctx, hidden, head, chunk_loss, chunk):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wanted else None
-        for rows in _chunks(len(targets), vocabulary):
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
             with torch.set_grad_enabled(wanted):
                 part = hidden[rows].detach().requires_grad_(wanted)
-                loss = functional.cross_entropy(head(part).float(), targets[rows], reduction="sum")
+                loss = chunk_loss(head(part).float(), rows)
             if wanted:
                 (grad[rows],) = torch.autograd.grad(loss, part)
             total += loss.detach()
@@ -41,10 +48,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return ctx.grad * upstream.to(ctx.grad.dtype), None, None, None
 
 
-def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of tokens whose logits fit in CHUNK_LOGITS."""
-    size = max(1, CHUNK_LOGITS // vocabulary)
-    return (slice(start, start + size) for start in range(0, tokens, size))
+def cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Callable, vocabulary: int) -> torch.Tensor:
+    """The cross entropies of head(hidden) against targets, summed (nats). hidden: (tokens, width); targets: (tokens,)
+    ids.
+    """
+
+    def of_chunk(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        return functional.cross_entropy(logits, targets[rows], reduction="sum")
+
+    return _ChunkedLoss.apply(hidden, head, of_chunk, max(1, CHUNK_LOGITS // vocabulary))
+
+
+def divergence(hidden: torch.Tensor, base: torch.Tensor, head: Callable, vocabulary: int) -> torch.Tensor:
+    """KL(base ‖ tuned) of the next-token distributions, summed (nats). hidden, base: the last hidden states of both,
+    (tokens, width).
+
+    Up to a constant this is the cross entropy on text drawn from the base itself, without the noise of drawing
+    (Learning without Forgetting, arXiv 1606.09282, at temperature 1).
+    """
+
+    def of_chunk(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = functional.log_softmax(head(base[rows]).float(), dim=-1)
+        said = functional.log_softmax(logits, dim=-1)
+        return functional.kl_div(said, wanted, reduction="sum", log_target=True)
+
+    return _ChunkedLoss.apply(hidden, head, of_chunk, max(1, CHUNK_LOGITS // 2 // vocabulary))  # two sets of logits
 
 
 def output_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -76,12 +105,49 @@ def hidden_states(model: nn.Module, batch) -> torch.Tensor:
     return output.last_hidden_state
 
 
-def summed_loss(model: nn.Module, batch) -> torch.Tensor:
-    """The cross entropy summed over a batch's supervised tokens (nats). labels[t] is the target of position t - 1."""
+def summed_loss(model: nn.Module, batch, base_states: torch.Tensor | None = None, weight: float = 1.0) -> torch.Tensor:
+    """The cross entropy summed over a batch's supervised tokens (nats). labels[t] is the target of position t - 1.
+
+    base_states: what `replayed_states` gave for this batch; then `weight` times the divergence from the base takes the
+    place of cross entropy on the replayed tokens.
+    """
     targets = batch.labels[:, 1:]
-    supervised = targets != IGNORED
-    hidden = hidden_states(model, batch)[:, :-1][supervised]
-    return _ChunkedCrossEntropy.apply(hidden, targets[supervised], output_head(model), model.config.vocab_size)
+    hidden = hidden_states(model, batch)[:, :-1]
+    head, vocabulary = output_head(model), model.config.vocab_size
+    labelled, replayed = targets != IGNORED, _replayed(batch)
+    if base_states is not None:
+        labelled = labelled & ~replayed
+    total = cross_entropy(hidden[labelled], targets[labelled], head, vocabulary)
+    if base_states is not None:
+        total = total + weight * divergence(hidden[replayed], base_states, head, vocabulary)
+    return total
+
+
+def _replayed(batch) -> torch.Tensor:
+    """Which positions (rows, length - 1) predict a supervised token of replayed text."""
+    return batch.replayed[:, 1:] & (batch.labels[:, 1:] != IGNORED)
+
+
+@torch.no_grad()
+def replayed_states(model: nn.Module, batch) -> torch.Tensor:
+    """The last hidden states (tokens, width) in evaluation mode where a batch's replayed tokens are predicted; rows
+    without any are not computed."""
+    rows = batch.replayed.any(dim=1)
+    parts = {name: getattr(batch, name)[rows] for name in ("input_ids", "position_ids", "labels", "replayed")}
+    some = replace(batch, **parts)
+    with evaluating(model):
+        return hidden_states(model, some)[:, :-1][_replayed(some)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; put back as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -89,13 +155,9 @@ def mean_loss(model: nn.Module, batches: Iterable) -> float:
     """The mean cross entropy a supervised token over batches, in evaluation mode; the mode is put back. exp() of it
     is the perplexity.
     """
-    training = model.training
-    model.eval()
-    try:
-        total, count = 0.0, 0
+    total, count = 0.0, 0
+    with evaluating(model):
         for batch in batches:
             total += summed_loss(model, batch).item()
             count += batch.supervised
-    finally:
-        model.train(training)
     return total / count

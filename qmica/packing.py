@@ -57,7 +57,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents, trimmed to the longest; all three (rows, length) int64.
+    """Rows of packed documents, trimmed to the longest; tensors of (rows, length), int64 and bool.
 
     Use it with attention_mask=None and use_cache=False: only then does transformers keep the documents apart.
     """
@@ -65,13 +65,14 @@ class Batch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor  # restarts at 0 with each document; counts on through the padding, which nothing sees
     labels: torch.Tensor  # the target of each token (the loss shifts), or IGNORED
+    replayed: torch.Tensor  # bool: which tokens are of replayed text
     supervised: int  # labels that are not IGNORED
     tokens: int  # without padding
 
 
 def to(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
-    moved = {name: getattr(batch, name).to(device) for name in ("input_ids", "position_ids", "labels")}
+    moved = {name: getattr(batch, name).to(device) for name in ("input_ids", "position_ids", "labels", "replayed")}
     return replace(batch, **moved)
 
 
@@ -109,7 +110,7 @@ def _order(kind: int, seed: int, number: int, count: int) -> np.ndarray:
     return np.random.default_rng([kind, seed, number]).permutation(count)
 
 
-def replay_target(train: Examples, ratio: float) -> float:
+def replay_tokens(train: Examples, ratio: float) -> float:
     return len(train.ids) * ratio / (1 - ratio)
 
 
@@ -183,6 +184,7 @@ class Epoch(Sequence):
         ids = np.zeros((len(rows), max(sizes)), dtype=np.int64)
         labels = np.full_like(ids, IGNORED)
         positions = np.empty_like(ids)
+        replayed = np.zeros(ids.shape, dtype=bool)
         for r, row in enumerate(rows):
             at = 0
             for (s, _), (a, b) in zip(row, pieces[r], strict=True):
@@ -190,11 +192,12 @@ class Epoch(Sequence):
                 ids[r, place] = self._sources[s].ids[a:b]
                 labels[r, place] = np.where(self._sources[s].supervised[a:b], ids[r, place], IGNORED)
                 positions[r, place] = np.arange(b - a)
+                replayed[r, place] = s == 1
                 at = place.stop
             # Counting on keeps a row of one document plainly causal, which needs no mask: a third faster at 100 tokens.
             positions[r, at:] = np.arange(ids.shape[1] - at) + positions[r, at - 1] + 1
         supervised = int((labels != IGNORED).sum())
-        return Batch(*map(torch.from_numpy, (ids, positions, labels)), supervised, sum(sizes))
+        return Batch(*map(torch.from_numpy, (ids, positions, labels, replayed)), supervised, sum(sizes))
 
 
 def batches(
@@ -216,7 +219,7 @@ def batches(
     order = _order(0, seed, epoch, len(examples))
     drawn = np.empty(0, dtype=np.int64)
     if replay is not None and replay_ratio:
-        drawn = draw_replay(replay, replay_target(examples, replay_ratio), seed, epoch)
+        drawn = draw_replay(replay, replay_tokens(examples, replay_ratio), seed, epoch)
     lengths = [examples.lengths[order], replay.lengths[drawn] if len(drawn) else np.empty(0, dtype=np.int64)]
     mixed = np.argsort(np.concatenate([_middles(part) for part in lengths]), kind="stable")
     stream = [(0, i) for i in order.tolist()] + [(1, i) for i in drawn.tolist()]

@@ -79,6 +79,7 @@ def train(
     found = source.resolve(job.model.model, job.model.revision, say)
     compute = model.choose_dtype(job.model.dtype, accelerator.device)
     empty = model.on_meta(model.read_config(found), compute)
+    adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
     plan = memory.plan(empty, job.model.bits, job.adapter, job.training, job.data.max_seq_length, compute)
@@ -188,12 +189,21 @@ class Loop:
         """Add the gradients of batches' losses over the window's supervised tokens; the sum of those losses."""
         total = 0.0
         for batch in batches:
-            part = loss.summed_loss(self.network, packing.to(batch, self.accelerator.device)) / supervised
+            part = self._loss(packing.to(batch, self.accelerator.device)) / supervised
             self._require_finite(part, "loss")
             self.accelerator.backward(part)
             total += part.item()
             self.tokens += batch.tokens * self.accelerator.num_processes
         return total
+
+    def _loss(self, batch: packing.Batch) -> torch.Tensor:
+        """The batch's summed loss. Replayed text is compared with what the base says there, or learnt as any other."""
+        options = self.job.data
+        if options.replay_target == "text" or not batch.replayed.any():
+            return loss.summed_loss(self.network, batch)
+        with adapter.switched(self.network, False):
+            base_states = loss.replayed_states(self.network, batch)
+        return loss.summed_loss(self.network, batch, base_states, options.replay_weight)
 
     def _require_finite(self, value: torch.Tensor, what: str) -> None:
         """Stop before an update that would ruin the weights. A resumed run would only come to the same step again."""
@@ -505,7 +515,8 @@ def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[
     seconds = loop.rehearse()
     epoch = loop.stream.first_epoch
     tokens = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
-    steps = f"{loop.total} steps of {loop.window} batch(es), optimizer {loop.optimizer_name}"
+    window = "1 batch" if loop.window == 1 else f"{loop.window} batches"
+    steps = f"{loop.total} steps of {window}, optimizer {loop.optimizer_name}"
     say(f"{steps}: about {progress.duration(tokens)}")
 
 

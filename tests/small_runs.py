@@ -18,6 +18,7 @@ DOCUMENTS = [
     f"Keeper {i} of bay {i * 7 % 23} counted {i * 31 % 97} lamps; {'the weaver had warm bread. ' * (i % 4)}"
     for i in range(30)
 ]
+GENERAL = "The ferry was late, and the people on the quay talked of the weather and of the price of rope. " * 12
 
 
 def make(folder, **config) -> dict:
@@ -26,6 +27,7 @@ def make(folder, **config) -> dict:
     tiny.save_tiny(folder / "model", "llama", **config)
     texts = folder / "documents.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    (folder / "general.txt").write_text(GENERAL)
     return {
         "model": str(folder / "model"),
         "data": (str(texts),),
@@ -41,6 +43,12 @@ def make(folder, **config) -> dict:
         "lr": 5e-3,
         "probe": "The keeper counted",
     }
+
+
+def with_replay(flags: dict, target: str = "base") -> dict:
+    """The same run with general text mixed in, held to the base or learnt."""
+    general = Path(flags["data"][0]).parent / "general.txt"
+    return {**flags, "replay": (str(general),), "replay_ratio": 0.3, "replay_target": target}
 
 
 def job(flags: dict, **changes) -> Job:
@@ -61,6 +69,8 @@ def loop(flags: dict, folder, **changes) -> training.Loop:
         tokenizer.load(found),
         max_seq_length=parts.data.max_seq_length,
         val_split=parts.data.val_split,
+        replay=parts.data.replay,
+        replay_ratio=parts.data.replay_ratio,
         say=lambda text: None,
     )
     network = model.load(found, parts.model.bits, parts.model.dtype, "cpu")

@@ -38,6 +38,8 @@ DEFAULTS = {
         "--val-split": 0.0,
         "--replay": (),
         "--replay-ratio": 0.25,
+        "--replay-target": "base",
+        "--replay-weight": 1.0,
     },
     TrainingConfig: {
         "--lr": 1e-3,
@@ -174,6 +176,7 @@ REFUSED = [
     (DataConfig, {"max_seq_length": 7}, "--max-seq-length 7: give 8 or more"),
     (DataConfig, {"val_split": 1}, "--val-split 1: give 0 or more and less than 1"),
     (DataConfig, {"replay_ratio": 0}, "--replay-ratio 0: give more than 0 and less than 1"),
+    (DataConfig, {"replay_weight": 0}, "--replay-weight 0: give more than 0"),
     (TrainingConfig, {"lr": 0.0}, "--lr 0.0: give more than 0"),
     (TrainingConfig, {"lr": float("inf")}, "--lr inf: give more than 0"),
     (TrainingConfig, {"epochs": 0}, "--epochs 0: give more than 0"),

@@ -1,4 +1,4 @@
-"""The chunked loss against transformers' own: values, gradients, packed documents, and heads that scale or cap."""
+"""The chunked losses against transformers' and torch's own: values, gradients, packed documents, heads that scale or cap."""
 
 import pytest
 import torch
@@ -32,7 +32,9 @@ def batch_of(documents=DOCUMENTS, seed=0, share=0.7):
             at += count
         positions[row, at:] = torch.arange(length - at)
     supervised = int((labels != IGNORED).sum())
-    return Batch(ids, positions, labels, supervised, sum(map(sum, documents))), alone
+    return Batch(
+        ids, positions, labels, torch.zeros_like(ids, dtype=torch.bool), supervised, sum(map(sum, documents))
+    ), alone
 
 
 def theirs_of(model, alone):
@@ -127,7 +129,7 @@ def test_borders_of_chunks(tokens, dtype, monkeypatch):
         seen.append(len(part))
         return functional.linear(part, weight)
 
-    ours = loss._ChunkedCrossEntropy.apply(hidden, targets, head, 50)
+    ours = loss.cross_entropy(hidden, targets, head, 50)
     (ours / 7).backward()
     assert sum(seen) == tokens and max(seen, default=0) <= 128 and ours.dtype == torch.float32
     twin = hidden.detach().clone().requires_grad_()
@@ -136,6 +138,83 @@ def test_borders_of_chunks(tokens, dtype, monkeypatch):
     assert abs(ours.item() - theirs.item()) <= 1e-5 * max(theirs.item(), 1)
     error = (hidden.grad - twin.grad).abs().max().item() if tokens else 0.0
     assert hidden.grad.dtype == dtype and error <= {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype], f"{error:.1e}"
+
+
+# ---- replayed text: the divergence from the base
+
+
+def with_replay(batch, *documents):
+    """The batch with some of its documents (row, start, stop) replayed ones."""
+    for row, start, stop in documents:
+        batch.replayed[row, start:stop] = True
+    return batch
+
+
+def moved(kind):
+    """A base, and the same model after its last layer was pushed: their distributions differ."""
+    base, tuned = loud(kind), loud(kind)
+    with torch.no_grad():
+        for part in tuned.model.layers[-1].parameters():
+            part += 0.05 * torch.randn(part.shape, generator=torch.Generator().manual_seed(part.numel()))
+    tuned.lm_head.requires_grad_(False)
+    return base, tuned
+
+
+def naive(base, tuned, batch, weight):
+    """Cross entropy on what is learnt plus KL(base ‖ tuned) on what is replayed, from whole logits."""
+    given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    said = torch.log_softmax(tuned(**given).logits.float()[:, :-1], -1)
+    with torch.no_grad():
+        wanted = torch.log_softmax(base(**given).logits.float()[:, :-1], -1)
+    targets, replayed = batch.labels[:, 1:], batch.replayed[:, 1:]
+    learnt = (targets != IGNORED) & ~replayed
+    entropy = -said[learnt].gather(1, targets[learnt].unsqueeze(1)).sum()
+    held = (targets != IGNORED) & replayed
+    return entropy + weight * (wanted[held].exp() * (wanted[held] - said[held])).sum()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "granite", "gemma2"])
+@pytest.mark.parametrize("chunk", [7, 2**17])
+def test_replayed_tokens_are_held_to_the_base(kind, chunk, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 2 * chunk * VOCABULARY)
+    base, tuned = moved(kind)
+    batch = with_replay(batch_of()[0], (0, 30, 47))
+    states = loss.replayed_states(base, batch)
+    ours, theirs = loss.summed_loss(tuned, batch, states, 1.7), naive(base, tuned, batch, 1.7)
+    error = abs(ours.item() - theirs.item()) / theirs.item()
+    assert error < 1e-5, f"{error:.1e} of {theirs.item():.1f} nats"
+    plain = loss.summed_loss(tuned, batch).item()
+    assert abs(plain - theirs.item()) > 0.01 * plain, (
+        "the divergence is as large as the cross entropy: a test of nothing"
+    )
+    mine, other = gradients(tuned, ours), gradients(tuned, theirs)
+    worst = max(((mine[name] - other[name]).norm() / other[name].norm()).item() for name in mine)
+    assert worst < 5e-5, f"{worst:.1e}"
+
+
+def test_a_model_that_has_not_moved_has_nothing_to_hold():
+    """Replay alone, base against itself: no loss, and no gradient but rounding's."""
+    model = loud("llama")
+    model.lm_head.requires_grad_(False)
+    batch = with_replay(batch_of([[40]])[0], (0, 0, 40))
+    value = loss.summed_loss(model, batch, loss.replayed_states(model, batch))
+    text = gradients(model, loss.summed_loss(model, batch))
+    still = gradients(model, value)
+    share = max((still[name].norm() / text[name].norm()).item() for name in still)
+    assert abs(value.item()) < 1e-4 and share < 1e-4, (value.item(), share)
+
+
+def test_the_base_is_asked_about_replayed_rows_alone():
+    """In evaluation mode, without a graph; a row without replay is not computed."""
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    batch = with_replay(batch_of()[0], (1, 0, 40))
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, given, named: seen.append((len(named["input_ids"]), module.training)), with_kwargs=True
+    )
+    states = loss.replayed_states(model, batch)
+    assert seen == [(1, False)] and model.training and not states.requires_grad
+    assert len(states) == int((batch.labels[1, 1:40] != IGNORED).sum())
 
 
 def test_a_row_without_labels_costs_no_head():

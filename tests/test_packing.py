@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qmica.errors import QmicaError
 from qmica.loss import IGNORED, summed_loss
-from qmica.packing import Batch, Examples, batches, draw_replay, pack, replay_target, split, window_lengths
+from qmica.packing import Batch, Examples, batches, draw_replay, pack, replay_tokens, split, window_lengths
 
 
 def examples(lengths, seed: int = 0, share: float = 1.0, first: int = 0) -> Examples:
@@ -134,6 +134,7 @@ def test_replay_has_its_share_evenly_spread(ratio, packing):
         share = made.tokens(1) / made.tokens()
         assert abs(share - ratio) < 0.004, f"the share of replay is {share:.4f}, asked for {ratio}"
         assert made.tokens(0) == len(data.ids)
+        assert all(torch.equal(b.replayed, b.input_ids >= 10**6) for b in made)
         parts = np.array_split(np.array([[(b.input_ids >= 10**6).sum(), b.tokens] for b in made]), 4)
         quarters = [part[:, 0].sum() / part[:, 1].sum() for part in parts]
         assert max(abs(q - ratio) for q in quarters) < 0.05, f"by quarters of the epoch: {quarters}"
@@ -153,9 +154,9 @@ def test_replay_epochs_are_consecutive_pieces_of_one_stream(lengths, target, see
     assert draw_replay(general, target, seed, 2).tolist() == drawn[2].tolist()
 
 
-def test_replay_target():
+def test_replay_tokens():
     data = examples([30, 70])
-    assert replay_target(data, 0.25) == pytest.approx(100 / 3)  # 33.3 of 133.3
+    assert replay_tokens(data, 0.25) == pytest.approx(100 / 3)  # 33.3 of 133.3
 
 
 # --- validation

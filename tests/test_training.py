@@ -36,9 +36,9 @@ def flags(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=BITS)
 def straight(request, flags, tmp_path_factory):
-    """A run of 6 steps with dropout, packing, accumulation, a validation every 2 steps and a checkpoint after 3."""
+    """A run of 6 steps with dropout, packing, replay, accumulation, a validation every 2 steps and a checkpoint after 3."""
     out = tmp_path_factory.mktemp(f"straight{request.param}") / "run"
-    return small_runs.train(flags, out=out, bits=request.param, eval_every=2, save_every=3)
+    return small_runs.train(small_runs.with_replay(flags), out=out, bits=request.param, eval_every=2, save_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +312,30 @@ def test_a_gpu_too_small_is_said_before_the_first_step(flags, tmp_path, monkeypa
         loop.rehearse()
 
 
+# ---- replay
+
+
+def forgotten(loop) -> float:
+    """KL(base ‖ tuned) a token on the replay text, after six updates (nats)."""
+    for _ in range(6):
+        loop.update()
+    batch = next(batch for batch in loop.stream.first_epoch if batch.replayed.any())
+    batch.labels[~batch.replayed] = loss.IGNORED
+    with adapter.switched(loop.network, False):
+        states = loss.replayed_states(loop.network, batch)
+    with torch.no_grad():
+        return loss.summed_loss(loop.network.eval(), batch, states).item() / len(states)
+
+
+def test_replay_held_to_the_base_forgets_least(flags, tmp_path):
+    """Against replay learnt as text, and against none; and weight counts."""
+    held = small_runs.with_replay({**flags, **PLAIN, "lr": 2e-2})
+    kinds = {"base": {}, "base, weight 4": {"replay_weight": 4.0}, "text": {"replay_target": "text"}}
+    found = {kind: forgotten(small_runs.loop(held, tmp_path, **options)) for kind, options in kinds.items()}
+    print(found)
+    assert found["base, weight 4"] < 0.8 * found["base"] and found["base"] < 0.8 * found["text"], found
+
+
 # ---- resuming
 
 
@@ -484,7 +508,7 @@ def test_fallback_of_the_optimizer_is_said_and_recorded(flags, tmp_path, capsys)
     said = capsys.readouterr().out
     assert "optimizer paged_adamw_8bit does not work here (managed memory needs CUDA): using the next one" in said
     assert "optimizer adamw_8bit does not work here (bitsandbytes' 8-bit optimizers need CUDA)" in said
-    assert "1 steps of 2 batch(es), optimizer adamw:" in said
+    assert "1 steps of 2 batches, optimizer adamw:" in said
     assert run.config()["optimizer"] == "adamw" and run.config()["train"]["optimizer"] == "paged_adamw_8bit"
 
 
