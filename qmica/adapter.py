@@ -111,16 +111,37 @@ def attach(
     Raises QmicaError for unknown targets, a rank above a layer's smallest side (named), or a model that has an adapter.
     """
     _require_bare(model)
-    chosen = targets.select(list(_linears(model)), options.targets)
+    chosen = choose(model, options)
     _freeze(model)
     generator = torch.Generator().manual_seed(seed)
     adapted = {}
     for done, name in enumerate(chosen, start=1):
         adapted[name] = _adapted(name, model.get_submodule(name), options, generator)
         progress(done, len(chosen))
-    for name, layer in adapted.items():  # only now: where a rank does not fit, the model is still bare
+    for name, layer in adapted.items():  # only now: where a weight is damaged, the model is still bare
         model.set_submodule(name, layer)
     return _wire(model, options)
+
+
+def choose(model: nn.Module, options: AdapterConfig) -> list[str]:
+    """The paths of the linears to adapt; the model may be on the meta device. Raises QmicaError for targets that it has
+    not, and for a rank above a layer's smallest side (named).
+    """
+    linears = _linears(model)
+    chosen = targets.select(list(linears), options.targets)
+    for name in chosen if options.method == "mica" else ():
+        with _named(name):
+            subspace.require_rank(options.rank, linears[name].out_features, linears[name].in_features)
+    return chosen
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A QmicaError inside says which layer it is about."""
+    try:
+        yield
+    except QmicaError as error:
+        raise QmicaError(f"{name}: {error}") from error
 
 
 def _require_bare(model: nn.Module) -> None:
@@ -146,14 +167,12 @@ def _adapted(name: str, linear: nn.Module, options: AdapterConfig, generator: to
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             return MicaLinear.lora(linear, options.rank, options.scaling_alpha, options.dropout)
-    try:
+    with _named(name):
         weight = quant.dequantize(linear)
         if options.components == "random":
             B = subspace.random_subspace(weight, options.rank, generator)
         else:
             B = subspace.components(weight, options.rank, options.components)
-    except QmicaError as error:
-        raise QmicaError(f"{name}: {error}") from error
     return MicaLinear.from_base(linear, B, options.scaling_alpha, options.dropout)
 
 

@@ -1,23 +1,27 @@
 """Talk to a GGUF in llama.cpp, or to a run in transformers: one prompt, or a conversation.
 
 How: both are a stream of pieces of text for a list of messages; the loop around them is the same. Ctrl-C stops an
-answer, at the prompt it ends the program. A model without a chat template goes on with the text it is given.
+answer, at the prompt it ends the program. A model without a chat template goes on with the text it is given. torch and
+transformers (seconds to import) are met only where a run is opened.
 
 What it gives up: several conversations at once, and a cache across turns in transformers (llama.cpp keeps its own).
 """
+
+from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from qmica import adapter, runs, tokenizer
 from qmica.config import ChatConfig
 from qmica.errors import QmicaError
-from qmica.gguf_file import is_gguf
+from qmica.gguf_file import GGUFFile, is_gguf
 from qmica.llamacpp import Llama
+
+if TYPE_CHECKING:
+    import torch
 
 Messages = list[dict[str, str]]
 Answer = Callable[[Messages], Iterator[str]]
@@ -45,6 +49,7 @@ def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
     if path is not None and path.is_file():
         if not is_gguf(path):
             raise QmicaError(f"{path} is not a GGUF file: give a .gguf, a run folder, or nothing for the newest run")
+        GGUFFile.open(path)  # a projector or an adapter is said to be one before llama.cpp meets it
         adapters = [(config.adapter, 1.0)] if config.adapter else []
         llama = Llama(path, adapters, context=config.ctx, threads=config.threads, exact=False)
         return _llama_answers(stack.enter_context(llama), config)
@@ -52,8 +57,8 @@ def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
         raise QmicaError(f"{path} does not exist: give a .gguf, a run folder, or nothing for the newest run")
     if config.adapter:
         raise QmicaError("--adapter is for a GGUF file: a run brings its own adapter")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    from qmica import adapter, runs
+
     return _transformers_answers(*adapter.open_run(runs.find(target)), config)
 
 
@@ -71,8 +76,13 @@ def _llama_answers(llama: Llama, config: ChatConfig) -> Answer:
 
 def _transformers_answers(network: torch.nn.Module, tokens, config: ChatConfig) -> Answer:
     """Generation in a thread beside the one that prints, as transformers' streamer wants it."""
+    import torch
     from transformers import TextIteratorStreamer
 
+    from qmica import tokenizer
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
     ends = sorted(tokenizer.end_of_turn_ids(tokens, network.generation_config))
     sampling = {"do_sample": True, "temperature": config.temp} if config.temp > 0 else {"do_sample": False}
 

@@ -495,6 +495,7 @@ def _load_model(lib: ctypes.CDLL, path: Path, gpu_layers: int) -> int:
 
 
 def _new_context(lib: ctypes.CDLL, model: int, size: int, exact: bool) -> int:
+    size = -(-size // 256) * 256  # llama.cpp pads so itself, but takes n_batch from the number before it
     wanted = {
         "n_ctx": size,
         "n_batch": BATCH,

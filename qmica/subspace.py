@@ -46,7 +46,15 @@ def components(weight: torch.Tensor, rank: int, which: str) -> torch.Tensor:
     """B (out, rank) in fp32 for `which` of minor or major. Errors as `minor_subspace`."""
     _check(weight, rank)
     columns = slice(-rank, None) if which == "minor" else slice(rank)
-    return _left_singular_vectors(weight.double(), columns).float().contiguous()
+    return _signed(_left_singular_vectors(weight.double(), columns)).float().contiguous()
+
+
+def _signed(vectors: torch.Tensor) -> torch.Tensor:
+    """Each column with its largest entry positive: which of u and -u a solver returns is chance, and this makes two
+    runs on one machine write equal files.
+    """
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
 def _left_singular_vectors(weight: torch.Tensor, columns: slice) -> torch.Tensor:
@@ -69,11 +77,14 @@ def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
     return torch.linalg.qr(vectors.flip(1)).Q.flip(1)
 
 
-def _check(weight: torch.Tensor, rank: int) -> None:
-    smallest = min(weight.shape)
+def require_rank(rank: int, out: int, columns: int) -> None:
+    """Raise QmicaError where a weight (out, columns) has fewer than `rank` singular vectors."""
+    smallest = min(out, columns)
     if not 1 <= rank <= smallest:
-        raise QmicaError(
-            f"rank {rank} does not fit a {weight.shape[0]} x {weight.shape[1]} weight: choose 1 to {smallest}"
-        )
+        raise QmicaError(f"rank {rank} does not fit a {out} x {columns} weight: choose 1 to {smallest}")
+
+
+def _check(weight: torch.Tensor, rank: int) -> None:
+    require_rank(rank, *weight.shape)
     if not torch.isfinite(weight).all():
         raise QmicaError("the weight holds NaN or infinity: the model file is damaged, download or convert it again")

@@ -3,6 +3,8 @@
 import io
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import small_runs
@@ -68,6 +70,22 @@ def test_a_run_and_its_gguf_answer_alike(run, base_gguf, merged_gguf, adapter_gg
     assert said(capsys, merged_gguf, GREEDY) == here
     assert said(capsys, base_gguf, changed(adapter=adapter_gguf)) == here
     assert said(capsys, base_gguf, GREEDY) != here
+
+
+@pytest.mark.parametrize("ctx", [64, 300])
+def test_any_context_will_do(merged_gguf, capsys, ctx):
+    """llama.cpp rounds a context up to 256 tokens and takes its batch from the number before."""
+    assert said(capsys, merged_gguf, changed(ctx=ctx)) == said(capsys, merged_gguf, GREEDY)
+
+
+def test_a_gguf_is_answered_without_torch(merged_gguf):
+    """torch and transformers take seconds to import, and llama.cpp needs neither."""
+    code = (
+        "import sys; from qmica import chatting, config; chatting.chat(sys.argv[1], config.ChatConfig(prompt='hi', "
+        "max_tokens=2, ctx=256)); sys.exit(sorted({'torch', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    child = subprocess.run([sys.executable, "-c", code, merged_gguf], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
 
 
 def test_an_answer_is_that_of_transformers_generate(run, capsys):
@@ -222,7 +240,7 @@ def test_errors_of_one_line(run, base_gguf, adapter_gguf, tmp_path, monkeypatch)
         (str(run.folder), changed(adapter=adapter_gguf), "--adapter is for a GGUF file: a run brings its own adapter"),
         (str(base_gguf), changed(adapter=tmp_path / "no.gguf"), r"no\.gguf is not a file: give the path of an adapter"),
         (str(base_gguf), changed(adapter=base_gguf), r"llama\.cpp cannot put the adapter .* on this model"),
-        (str(adapter_gguf), GREEDY, r"llama\.cpp cannot load .*a\.gguf"),
+        (str(adapter_gguf), GREEDY, r"a\.gguf is an adapter, not a model; give the GGUF of its base model"),
     ):
         with pytest.raises(QmicaError, match=text) as error:
             chatting.chat(target, config)
