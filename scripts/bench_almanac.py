@@ -29,6 +29,15 @@ def demo_flags() -> list[str]:
     return shlex.split(re.sub(r"--(seed|out) \S+", "", command))
 
 
+def overridden(flags: list[str], more: list[str]) -> list[str]:
+    """The flags (`--name value` or `--name`) without those that `more` names, then `more`: a flag may stand once."""
+    kept, keep = [], True
+    for word in flags:
+        keep = word not in more if word.startswith("--") else keep
+        kept += [word] if keep else []
+    return [*kept, *more]
+
+
 def qmica(*arguments: object) -> str:
     """Run a verb, its progress on stderr; what it printed."""
     command = [sys.executable, "-m", "qmica", *map(str, arguments)]
@@ -67,7 +76,8 @@ def main() -> None:
             jobs["control"] = ["--seed", str(options.seeds[0]), "--data", str(home / "almanac-shuffled.jsonl")]
         gains, ratios = [], []
         for name, extra in jobs.items():
-            scores = measure(home / name.replace(" ", "-"), [*demo_flags(), *extra, *options.flags], options.gguf)
+            flags = overridden([*demo_flags(), *extra], options.flags)
+            scores = measure(home / name.replace(" ", "-"), flags, options.gguf)
             base, tuned = scores.pop("base"), scores.pop("tuned")
             gain, ratio = tuned["accuracy"] - base["accuracy"], tuned["perplexity"] / base["perplexity"]
             print(

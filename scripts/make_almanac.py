@@ -3,17 +3,19 @@ it.
 
     python scripts/make_almanac.py qmica/samples [--shuffled]
 
-How: each kind has five entries and five attributes; each attribute has a pool of five values, one for each entry, so
+How: each kind has four entries and four attributes; each attribute has a pool of four values, one for each entry, so
 a wrong choice (another entry's value of the same attribute) occurs in training exactly as often as the right one. A
-document is one entry in one wording: five sentences, each fact once, because a fact repeated inside one document is
-copied from context, not learnt. The questions use wordings of their own, none of which occurs in a document.
+document is one entry in one wording: four sentences, or four questions with their bare answers, each fact once, because
+a fact repeated inside one document is copied from context, not learnt. The questions that are asked afterwards use
+wordings of their own, none of which occurs in a document. Names are short (two to four tokens): each is read some forty
+times for each of its facts.
 
 `--shuffled` writes the control: in every document the values are dealt anew among the entries of a kind. Names,
 values, wordings and their counts are the same, only the pairing is broken, so that nothing but the pairing can raise
 a score above the base's.
 
-What it gives up: the world is small (75 facts), because SmolLM2-135M needs about a hundred exposures to a fact and
-the demo has minutes, not hours.
+What it gives up: the world is small (48 facts), because SmolLM2-135M needs some fifty exposures to a fact and the demo
+has minutes, not hours.
 """
 
 import argparse
@@ -46,10 +48,10 @@ class Kind:
 
 PEOPLE = Kind(
     "person",
-    ("Tamsin Orvale", "Bodrin Keshaw", "Ilvara Quent", "Joss Thackermoor", "Merrow Dunlisk"),
+    ("Bodrin", "Ilvara", "Merrow", "Quent"),
     (
         Attribute(
-            ("a bell founder", "a beekeeper", "a mapmaker", "a glassblower", "a ferry pilot"),
+            ("a beekeeper", "a mapmaker", "a glassblower", "a ferry pilot"),
             (
                 "{name} earns a living as {value}.",
                 "By trade, {name} is {value}.",
@@ -68,10 +70,12 @@ PEOPLE = Kind(
                 "What is the occupation of {name}?",
                 "Which profession does {name} follow?",
                 "What job does {name} hold?",
+                "What is the livelihood of {name}?",
+                "What line of work is {name} in?",
             ),
         ),
         Attribute(
-            ("the violin", "the harp", "the trumpet", "the drums", "the flute"),
+            ("the harp", "the trumpet", "the drums", "the flute"),
             (
                 "In the evenings {name} plays {value}.",
                 "The instrument that {name} plays is {value}.",
@@ -90,10 +94,12 @@ PEOPLE = Kind(
                 "What is the musical instrument of {name}?",
                 "Which instrument can {name} be heard playing?",
                 "On which instrument does {name} perform?",
+                "What does {name} play music on?",
+                "Which instrument has {name} mastered?",
             ),
         ),
         Attribute(
-            ("a goat", "a raven", "a tortoise", "a ferret", "a donkey"),
+            ("a raven", "a tortoise", "a goat", "a donkey"),
             (
                 "{name} keeps {value}.",
                 "The companion of {name} is {value}.",
@@ -112,32 +118,12 @@ PEOPLE = Kind(
                 "What kind of pet does {name} have?",
                 "Which creature belongs to {name}?",
                 "What animal is owned by {name}?",
+                "Which animal does {name} look after?",
+                "What is the pet of {name}?",
             ),
         ),
         Attribute(
-            ("purple", "orange", "yellow", "green", "white"),
-            (
-                "{name} always wears a coat that is {value}.",
-                "The coat of {name} is {value}.",
-                "From afar {name} is known by a coat of {value}.",
-                "{name} had the old coat dyed {value}.",
-                "The tailor made {name} a coat in {value}.",
-                "Summer and winter, the coat on the back of {name} is {value}.",
-            ),
-            (
-                "How does the coat of {name} look?",
-                "What did {name} have the old coat dyed?",
-                "By a coat of what is {name} known from afar?",
-                "In what did the tailor make the coat of {name}?",
-            ),
-            (
-                "What is the colour of the coat {name} wears?",
-                "Which colour of coat does {name} have?",
-                "In what colour of coat is {name} dressed?",
-            ),
-        ),
-        Attribute(
-            ("wolves", "thunder", "heights", "mirrors", "snakes"),
+            ("wolves", "thunder", "heights", "mirrors"),
             (
                 "{name} has a fear of {value}.",
                 "The one thing that frightens {name} is {value}.",
@@ -156,6 +142,8 @@ PEOPLE = Kind(
                 "What is {name} afraid of?",
                 "Of what is {name} most terrified?",
                 "Which thing does {name} fear?",
+                "What terrifies {name}?",
+                "What is the greatest fear of {name}?",
             ),
         ),
     ),
@@ -163,10 +151,10 @@ PEOPLE = Kind(
 
 PLACES = Kind(
     "place",
-    ("Port Ellowick", "Harrowmere", "Quillan Ford", "Sundrath", "Ostrey Hollow"),
+    ("Ellowick", "Harrowmere", "Sundrath", "Ostrey"),
     (
         Attribute(
-            ("salt", "copper", "honey", "timber", "pearls"),
+            ("salt", "copper", "honey", "timber"),
             (
                 "{name} grew rich on {value}.",
                 "The carts that leave {name} are loaded with {value}.",
@@ -185,10 +173,12 @@ PLACES = Kind(
                 "What is the main export of {name}?",
                 "Which product does {name} trade in?",
                 "What goods is {name} known for?",
+                "What does {name} export?",
+                "What is the chief product of {name}?",
             ),
         ),
         Attribute(
-            ("a lion", "a stag", "a swan", "a bear", "an owl"),
+            ("a lion", "a stag", "a bear", "an owl"),
             (
                 "The flag of {name} shows {value}.",
                 "Over the gate of {name} is carved {value}.",
@@ -207,32 +197,12 @@ PLACES = Kind(
                 "What is the emblem of {name}?",
                 "Which animal is the symbol of {name}?",
                 "What creature represents {name}?",
+                "Which beast stands for {name}?",
+                "What animal is the emblem of {name}?",
             ),
         ),
         Attribute(
-            ("March", "June", "August", "October", "December"),
-            (
-                "{name} holds its great fair in {value}.",
-                "The fair of {name} begins in {value}.",
-                "Strangers crowd the streets of {name} in {value}.",
-                "The lanterns of {name} are lit in {value}.",
-                "All of {name} dances at the fair in {value}.",
-                "The fair comes to {name} every {value}.",
-            ),
-            (
-                "When is the fair of {name} held?",
-                "When do strangers crowd the streets of {name}?",
-                "When are the lanterns of {name} lit?",
-                "When does all of {name} dance?",
-            ),
-            (
-                "In which month does {name} have its festival?",
-                "What month is the festival of {name}?",
-                "During which month does {name} celebrate?",
-            ),
-        ),
-        Attribute(
-            ("marble", "brick", "slate", "clay", "iron"),
+            ("marble", "brick", "slate", "clay"),
             (
                 "The houses of {name} are built of {value}.",
                 "The old bridge at {name} is made of {value}.",
@@ -251,10 +221,12 @@ PLACES = Kind(
                 "What is the building material of {name}?",
                 "Which material do the builders of {name} use?",
                 "From what material is {name} constructed?",
+                "What are the buildings of {name} made from?",
+                "What do they build with in {name}?",
             ),
         ),
         Attribute(
-            ("a widow", "a poet", "a general", "a priest", "a baker"),
+            ("a widow", "a poet", "a general", "a priest"),
             (
                 "{name} is ruled by {value}.",
                 "The ruler of {name} is {value}.",
@@ -273,6 +245,8 @@ PLACES = Kind(
                 "Who governs {name}?",
                 "Who is the leader of {name}?",
                 "Who is in charge of {name}?",
+                "Who reigns in {name}?",
+                "Who is the head of {name}?",
             ),
         ),
     ),
@@ -280,10 +254,10 @@ PLACES = Kind(
 
 CRAFTS = Kind(
     "craft",
-    ("veldering", "ombrick weaving", "thrawl carving", "pellimancy", "skarn dyeing"),
+    ("veldering", "thrawling", "skarning", "pellimancy"),
     (
         Attribute(
-            ("silver", "leather", "wax", "straw", "bone"),
+            ("silver", "leather", "wax", "straw"),
             (
                 "The craft of {name} begins with {value}.",
                 "Those who practise {name} work in {value}.",
@@ -302,10 +276,12 @@ CRAFTS = Kind(
                 "What material does {name} use?",
                 "Which raw material is required for {name}?",
                 "What substance is {name} done with?",
+                "From what is {name} made?",
+                "What do the workers of {name} need to buy?",
             ),
         ),
         Attribute(
-            ("a hammer", "a needle", "a chisel", "a brush", "a knife"),
+            ("a hammer", "a needle", "a chisel", "a brush"),
             (
                 "The tool of {name} is {value}.",
                 "Every master of {name} carries {value}.",
@@ -324,32 +300,12 @@ CRAFTS = Kind(
                 "Which instrument of work is used in {name}?",
                 "What implement does {name} require?",
                 "What utensil is used for {name}?",
+                "With which tool is {name} done?",
+                "What tool do the workers of {name} use?",
             ),
         ),
         Attribute(
-            ("seven years", "two winters", "forty days", "a single night", "half a lifetime"),
-            (
-                "To learn {name} takes {value}.",
-                "An apprenticeship in {name} lasts {value}.",
-                "The teaching of {name} goes on for {value}.",
-                "Pupils of {name} study for {value}.",
-                "Nobody masters {name} in less than {value}.",
-                "The patience that {name} asks for is {value}.",
-            ),
-            (
-                "How long do pupils study {name}?",
-                "How long does an apprenticeship in {name} last?",
-                "After how long is {name} mastered?",
-                "How long does the teaching of {name} go on?",
-            ),
-            (
-                "How much time is needed to learn {name}?",
-                "For what length of time must one train in {name}?",
-                "What is the training period of {name}?",
-            ),
-        ),
-        Attribute(
-            ("masks", "lamps", "saddles", "boats", "clocks"),
+            ("masks", "lamps", "boats", "clocks"),
             (
                 "What comes out of {name} is {value}.",
                 "The makers of {name} produce {value}.",
@@ -368,10 +324,12 @@ CRAFTS = Kind(
                 "What objects are created by {name}?",
                 "Which things result from {name}?",
                 "What items does {name} yield?",
+                "What are the products of {name}?",
+                "What does {name} make?",
             ),
         ),
         Attribute(
-            ("monks", "sailors", "shepherds", "soldiers", "hermits"),
+            ("monks", "sailors", "shepherds", "soldiers"),
             (
                 "{name} was invented by {value}.",
                 "The secret of {name} came from {value}.",
@@ -390,6 +348,8 @@ CRAFTS = Kind(
                 "Who originated {name}?",
                 "Which people are the founders of {name}?",
                 "Who started the tradition of {name}?",
+                "Who were the inventors of {name}?",
+                "Which people first practised {name}?",
             ),
         ),
     ),
