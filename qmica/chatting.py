@@ -57,8 +57,12 @@ def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
         raise QmicaError(f"{path} does not exist: give a .gguf, a run folder, or nothing for the newest run")
     if config.adapter:
         raise QmicaError("--adapter is for a GGUF file: a run brings its own adapter")
+    import torch
+
     from qmica import adapter, runs
 
+    if config.threads:
+        torch.set_num_threads(config.threads)
     return _transformers_answers(*adapter.open_run(runs.find(target)), config)
 
 
@@ -81,8 +85,6 @@ def _transformers_answers(network: torch.nn.Module, tokens, config: ChatConfig) 
 
     from qmica import tokenizer
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     ends = sorted(tokenizer.end_of_turn_ids(tokens, network.generation_config))
     sampling = {"do_sample": True, "temperature": config.temp} if config.temp > 0 else {"do_sample": False}
 

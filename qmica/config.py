@@ -110,7 +110,7 @@ class DataConfig:
     replay_ratio: float = 0.25
     """Share of all tokens that is replay, where --replay is given."""
     replay_target: Literal["base", "text"] = "base"
-    """What replay holds to: base = what the untuned model says at each of its tokens; text = the text itself."""
+    """What replay holds to: base = what the untuned model says there; text = the text, learnt like the data."""
     replay_weight: float = 1.0
     """How much a replayed token counts against one of the data, where --replay-target is base."""
 
@@ -122,6 +122,14 @@ class DataConfig:
             (0 <= self.val_split < 1, f"--val-split {self.val_split}: give 0 or more and less than 1"),
             (0 < self.replay_ratio < 1, f"--replay-ratio {self.replay_ratio}: give more than 0 and less than 1"),
             (0 < self.replay_weight < inf, f"--replay-weight {self.replay_weight}: give more than 0"),
+            (
+                self.replay_target == "base" or self.replay_weight == 1,
+                f"--replay-weight {self.replay_weight}: --replay-target text learns it like the data, leave one out",
+            ),
+            (
+                bool(self.replay) or (self.replay_target, self.replay_weight) == ("base", 1),
+                "--replay-target and --replay-weight are for --replay: name a text, or `--replay sample`",
+            ),
         )
 
 

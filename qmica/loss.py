@@ -14,7 +14,6 @@ What it gives up: the gradient is computed even where only the value is wanted w
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -24,16 +23,21 @@ CHUNK_LOGITS = 2**25  # logits at once, 134 MB in fp32: for each chunk a 16-bit 
 IGNORED = -100  # the label of a token that is not supervised, as in torch and transformers
 
 
+def chunks(tokens: int, vocabulary: int, sets: int = 1) -> Iterator[slice]:
+    """Slices of tokens for which `sets` sets of logits fit in CHUNK_LOGITS."""
+    size = max(1, CHUNK_LOGITS // sets // vocabulary)
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of `chunk_loss(logits, rows)` over slices of tokens, logits = head(hidden[rows]). hidden: (tokens, width)."""
+    """Sum of `chunk_loss(logits, rows)` over slices `rows`, logits = head(hidden[rows]). hidden: (tokens, width)."""
 
     @staticmethod
-    def forward(ctx, hidden, head, chunk_loss, chunk):
+    def forward(ctx, hidden, head, chunk_loss, slices):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         grad = torch.empty_like(hidden) if wanted else None
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
+        for rows in slices:
             with torch.set_grad_enabled(wanted):
                 part = hidden[rows].detach().requires_grad_(wanted)
                 loss = chunk_loss(head(part).float(), rows)
@@ -56,7 +60,7 @@ def cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Callable, v
     def of_chunk(logits: torch.Tensor, rows: slice) -> torch.Tensor:
         return functional.cross_entropy(logits, targets[rows], reduction="sum")
 
-    return _ChunkedLoss.apply(hidden, head, of_chunk, max(1, CHUNK_LOGITS // vocabulary))
+    return _ChunkedLoss.apply(hidden, head, of_chunk, chunks(len(hidden), vocabulary))
 
 
 def divergence(hidden: torch.Tensor, base: torch.Tensor, head: Callable, vocabulary: int) -> torch.Tensor:
@@ -73,7 +77,7 @@ def divergence(hidden: torch.Tensor, base: torch.Tensor, head: Callable, vocabul
         said = functional.log_softmax(logits, dim=-1)
         return functional.kl_div(said, wanted, reduction="sum", log_target=True)
 
-    return _ChunkedLoss.apply(hidden, head, of_chunk, max(1, CHUNK_LOGITS // 2 // vocabulary))  # two sets of logits
+    return _ChunkedLoss.apply(hidden, head, of_chunk, chunks(len(hidden), vocabulary, sets=2))
 
 
 def output_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -93,34 +97,38 @@ def output_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return logits
 
 
-def hidden_states(model: nn.Module, batch) -> torch.Tensor:
-    """The last hidden states (rows, length, width) of a packed batch.
+def hidden_states(model: nn.Module, batch, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """The last hidden states (rows, length, width) of a packed batch, or of some of its rows.
 
     Documents in a row are told apart by their restarting positions alone: any attention mask, or a cache, makes
     transformers attend across them without a word (measured: the second document's logits move by 20.7).
     """
     output = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+        input_ids=batch.input_ids[rows], position_ids=batch.position_ids[rows], attention_mask=None, use_cache=False
     )
     return output.last_hidden_state
 
 
-def summed_loss(model: nn.Module, batch, base_states: torch.Tensor | None = None, weight: float = 1.0) -> torch.Tensor:
-    """The cross entropy summed over a batch's supervised tokens (nats). labels[t] is the target of position t - 1.
+def summed_loss(model: nn.Module, batch) -> torch.Tensor:
+    """The cross entropy summed over a batch's supervised tokens (nats). labels[t] is the target of position t - 1."""
+    targets = batch.labels[:, 1:]
+    labelled = targets != IGNORED
+    hidden = hidden_states(model, batch)[:, :-1]
+    return cross_entropy(hidden[labelled], targets[labelled], output_head(model), model.config.vocab_size)
 
-    base_states: what `replayed_states` gave for this batch; then `weight` times the divergence from the base takes the
-    place of cross entropy on the replayed tokens.
+
+def held_losses(model: nn.Module, batch, base_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cross entropy summed over what is learnt, and the divergence from the base summed over what is replayed.
+
+    base_states: what `replayed_states` gave for this batch with the adapter off.
     """
     targets = batch.labels[:, 1:]
     hidden = hidden_states(model, batch)[:, :-1]
     head, vocabulary = output_head(model), model.config.vocab_size
-    labelled, replayed = targets != IGNORED, _replayed(batch)
-    if base_states is not None:
-        labelled = labelled & ~replayed
-    total = cross_entropy(hidden[labelled], targets[labelled], head, vocabulary)
-    if base_states is not None:
-        total = total + weight * divergence(hidden[replayed], base_states, head, vocabulary)
-    return total
+    replayed = _replayed(batch)
+    learnt = (targets != IGNORED) & ~replayed
+    entropy = cross_entropy(hidden[learnt], targets[learnt], head, vocabulary)
+    return entropy, divergence(hidden[replayed], base_states, head, vocabulary)
 
 
 def _replayed(batch) -> torch.Tensor:
@@ -131,12 +139,11 @@ def _replayed(batch) -> torch.Tensor:
 @torch.no_grad()
 def replayed_states(model: nn.Module, batch) -> torch.Tensor:
     """The last hidden states (tokens, width) in evaluation mode where a batch's replayed tokens are predicted; rows
-    without any are not computed."""
+    without any are not computed.
+    """
     rows = batch.replayed.any(dim=1)
-    parts = {name: getattr(batch, name)[rows] for name in ("input_ids", "position_ids", "labels", "replayed")}
-    some = replace(batch, **parts)
     with evaluating(model):
-        return hidden_states(model, some)[:, :-1][_replayed(some)]
+        return hidden_states(model, batch, rows)[:, :-1][_replayed(batch)[rows]]
 
 
 @contextmanager

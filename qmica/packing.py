@@ -67,6 +67,7 @@ class Batch:
     labels: torch.Tensor  # the target of each token (the loss shifts), or IGNORED
     replayed: torch.Tensor  # bool: which tokens are of replayed text
     supervised: int  # labels that are not IGNORED
+    replays: int  # those of them that are of replayed text
     tokens: int  # without padding
 
 
@@ -196,8 +197,9 @@ class Epoch(Sequence):
                 at = place.stop
             # Counting on keeps a row of one document plainly causal, which needs no mask: a third faster at 100 tokens.
             positions[r, at:] = np.arange(ids.shape[1] - at) + positions[r, at - 1] + 1
-        supervised = int((labels != IGNORED).sum())
-        return Batch(*map(torch.from_numpy, (ids, positions, labels, replayed)), supervised, sum(sizes))
+        supervised = labels != IGNORED
+        counts = int(supervised.sum()), int((supervised & replayed).sum()), sum(sizes)
+        return Batch(*map(torch.from_numpy, (ids, positions, labels, replayed)), *counts)
 
 
 def batches(

@@ -95,10 +95,10 @@ class Run:
         """The rows of metrics.jsonl, without a last line that is torn: the machine stopped in the middle of it."""
         if not self.metrics.exists():
             return []
-        rows, lines = [], self.metrics.read_text(encoding="utf-8").splitlines()
+        rows, lines = [], self.metrics.read_bytes().splitlines()
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
+                rows.append(_object(line))
             except ValueError as error:
                 if number < len(lines):
                     raise QmicaError(f"{self.metrics} is damaged in line {number}: {error}") from error
@@ -152,12 +152,17 @@ def _step(folder: Path) -> int:
 def _read(path: Path) -> dict:
     """A JSON object. Raises QmicaError for a damaged file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+        return _object(path.read_bytes())
+    except ValueError as error:
         raise QmicaError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise QmicaError(f"{path} is damaged: it holds no JSON object")
-    return content
+
+
+def _object(content: bytes) -> dict:
+    """A JSON object. Raises ValueError for anything else, and for what is not UTF-8."""
+    found = json.loads(content.decode("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
 
 
 def _seal(path: Path) -> dict:
@@ -191,7 +196,7 @@ def is_run(folder: Path) -> bool:
     if not path.exists():
         return False
     try:
-        return "train" in _read(path)
+        return isinstance(_read(path).get("train"), dict)
     except QmicaError:
         return True
 

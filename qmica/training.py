@@ -185,25 +185,30 @@ class Loop:
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
         return window[rank::count], sum(batch.supervised for batch in window)
 
-    def _backward(self, batches: Sequence[packing.Batch], supervised: int) -> float:
-        """Add the gradients of batches' losses over the window's supervised tokens; the sum of those losses."""
-        total = 0.0
+    def _backward(self, batches: Sequence[packing.Batch], supervised: int) -> list[float]:
+        """Add the gradients of batches' losses over the window's supervised tokens. The sums of what was learnt and of
+        what replay was held to (nats), and the tokens of the latter.
+        """
+        sums = [0.0, 0.0, 0.0]
         for batch in batches:
-            part = self._loss(packing.to(batch, self.accelerator.device)) / supervised
+            learnt, held, count = self._losses(packing.to(batch, self.accelerator.device))
+            part = (learnt + self.job.data.replay_weight * held) / supervised
             self._require_finite(part, "loss")
             self.accelerator.backward(part)
-            total += part.item()
+            sums = [sums[0] + learnt.item(), sums[1] + held.item(), sums[2] + count]
             self.tokens += batch.tokens * self.accelerator.num_processes
-        return total
+        return sums
 
-    def _loss(self, batch: packing.Batch) -> torch.Tensor:
-        """The batch's summed loss. Replayed text is compared with what the base says there, or learnt as any other."""
-        options = self.job.data
-        if options.replay_target == "text" or not batch.replayed.any():
-            return loss.summed_loss(self.network, batch)
+    def _losses(self, batch: packing.Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The batch's summed cross entropy; the divergence of its replayed text from what the base says there, and how
+        many tokens that is over (none, where replay is learnt as any other text).
+        """
+        if self.job.data.replay_target == "text" or not batch.replays:
+            whole = loss.summed_loss(self.network, batch)
+            return whole, torch.zeros_like(whole), 0
         with adapter.switched(self.network, False):
             base_states = loss.replayed_states(self.network, batch)
-        return loss.summed_loss(self.network, batch, base_states, options.replay_weight)
+        return *loss.held_losses(self.network, batch, base_states), batch.replays
 
     def _require_finite(self, value: torch.Tensor, what: str) -> None:
         """Stop before an update that would ruin the weights. A resumed run would only come to the same step again."""
@@ -218,11 +223,14 @@ class Loop:
         )
 
     def update(self) -> dict:
-        """One step: its loss (nats a supervised token), learning rate and gradient norm."""
+        """One step: its loss (nats a learnt token), what replay was held to (nats a token), learning rate and gradient
+        norm.
+        """
         torch.manual_seed(self.options.seed * 1_000_003 + self.step)  # dropout is a function of the step
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
-        mean = self._backward(*self._own(self.step))
+        batches, supervised = self._own(self.step)
+        sums = torch.tensor(self._backward(batches, supervised), device=self.accelerator.device)
         for parameter in self.trained.values():
             if self.accelerator.num_processes > 1:
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # a short last window
@@ -233,11 +241,12 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        mean = self.accelerator.reduce(torch.tensor(mean), "sum").item()
+        learnt, held, count = self.accelerator.reduce(sums, "sum").tolist()
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "loss": mean,
+            "loss": learnt / max(1, supervised - count),
+            **({"replay_kl": held / count} if count else {}),
             "lr": self.lr(self.step - 1),
             "grad_norm": norm.item(),
         }
@@ -248,7 +257,8 @@ class Loop:
         What does not fit in memory fails here and not after hours. Raises QmicaError where a GPU's is too small.
         """
         epoch = self.stream.first_epoch
-        longest = max((epoch[i] for i in range(min(len(epoch), 64))), key=lambda batch: batch.input_ids.numel())
+        some = (epoch[i] for i in range(min(len(epoch), 64)))
+        longest = max(some, key=lambda batch: (batch.input_ids.numel(), batch.replays))  # replay is computed twice
         tokens, seconds = self.tokens, []
         self.network.train()  # activations are checkpointed in training mode only
         try:
@@ -484,7 +494,11 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
 def _require_same(run: runs.Run, record: dict) -> None:
     """Raises QmicaError where the data or the base are no longer those that the run began with."""
     began, now = run.config(), record
-    for part, key, what in (("data", "fingerprint", "the data"), ("base", "fingerprint", "the model")):
+    for part, key, what in (
+        ("data", "fingerprint", "the data"),
+        ("data", "replay_fingerprint", "the replay text"),
+        ("base", "fingerprint", "the model"),
+    ):
         if began[part][key] != now[part][key]:
             raise QmicaError(
                 f"{run.folder} cannot be resumed: {what} changed since it began (fingerprint {began[part][key]}, now "
@@ -499,7 +513,11 @@ def _record(job: Job, network: nn.Module, prepared: data.Prepared, optimizer: st
         "train": job.flags(),
         "optimizer": optimizer,  # the one in use, which --optimizer names only where this machine has it
         "base": asdict(adapter.base_of(network)),
-        "data": {"fingerprint": prepared.train.fingerprint(), **asdict(prepared.summary)},
+        "data": {
+            "fingerprint": prepared.train.fingerprint(),
+            "replay_fingerprint": prepared.replay.fingerprint() if prepared.replay else None,
+            **asdict(prepared.summary),
+        },
         "versions": {package: version(package) for package in adapter.VERSIONED},
     }
 

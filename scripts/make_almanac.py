@@ -382,7 +382,7 @@ def exchange(question: str) -> str:
 
 
 def documents(kinds: tuple[Kind, ...] = KINDS, shuffled: bool = False) -> list[str]:
-    """Every entry in every wording, one text each, the order of the five facts varied."""
+    """Every entry in every wording, one text each, the order of the four facts varied."""
     rng = random.Random(SEED)
     texts = []
     for kind in kinds:

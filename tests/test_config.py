@@ -176,7 +176,17 @@ REFUSED = [
     (DataConfig, {"max_seq_length": 7}, "--max-seq-length 7: give 8 or more"),
     (DataConfig, {"val_split": 1}, "--val-split 1: give 0 or more and less than 1"),
     (DataConfig, {"replay_ratio": 0}, "--replay-ratio 0: give more than 0 and less than 1"),
-    (DataConfig, {"replay_weight": 0}, "--replay-weight 0: give more than 0"),
+    (DataConfig, {"replay": "a.txt", "replay_weight": 0}, "--replay-weight 0: give more than 0"),
+    (
+        DataConfig,
+        {"replay_weight": 2.0},
+        "--replay-target and --replay-weight are for --replay: name a text, or `--replay sample`",
+    ),
+    (
+        DataConfig,
+        {"replay": "a.txt", "replay_target": "text", "replay_weight": 2.0},
+        "--replay-weight 2.0: --replay-target text learns it like the data, leave one out",
+    ),
     (TrainingConfig, {"lr": 0.0}, "--lr 0.0: give more than 0"),
     (TrainingConfig, {"lr": float("inf")}, "--lr inf: give more than 0"),
     (TrainingConfig, {"epochs": 0}, "--epochs 0: give more than 0"),

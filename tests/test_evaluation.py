@@ -218,8 +218,16 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, learnt):
         evaluation.evaluate()
     with pytest.raises(QmicaError, match=r"nothing is no run: neither nothing nor .* holds a run or an adapter"):
         evaluation.evaluate("nothing")
-    text = tmp_path / "text.txt"
-    text.write_text(tiny.TEXT)
-    config = EvalConfig(data=(str(text),), questions=tmp_path / "none.jsonl")
-    with pytest.raises(QmicaError, match=r"none\.jsonl"):
-        evaluation.evaluate(str(learnt.folder), config)
+
+
+def test_it_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, learnt):
+    monkeypatch.setattr(adapter, "open_run", lambda run: pytest.fail("the model was loaded first"))
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "Why?", "choices": ["a", "b"], "answer": 0}\n')
+    for config, text in (
+        (EvalConfig(questions=tmp_path / "none.jsonl"), r"none\.jsonl"),
+        (EvalConfig(questions=questions, gguf=(tmp_path / "no.gguf",)), r"no\.gguf"),
+        (EvalConfig(gguf=(tmp_path / "no.gguf",)), r"--gguf asks a file questions, and there are none"),
+    ):
+        with pytest.raises(QmicaError, match=text):
+            evaluation.evaluate(str(learnt.folder), config)

@@ -32,9 +32,8 @@ def batch_of(documents=DOCUMENTS, seed=0, share=0.7):
             at += count
         positions[row, at:] = torch.arange(length - at)
     supervised = int((labels != IGNORED).sum())
-    return Batch(
-        ids, positions, labels, torch.zeros_like(ids, dtype=torch.bool), supervised, sum(map(sum, documents))
-    ), alone
+    replayed = torch.zeros_like(ids, dtype=torch.bool)
+    return Batch(ids, positions, labels, replayed, supervised, 0, sum(map(sum, documents))), alone
 
 
 def theirs_of(model, alone):
@@ -160,8 +159,8 @@ def moved(kind):
     return base, tuned
 
 
-def naive(base, tuned, batch, weight):
-    """Cross entropy on what is learnt plus KL(base ‖ tuned) on what is replayed, from whole logits."""
+def naive(base, tuned, batch):
+    """Cross entropy on what is learnt, and KL(base ‖ tuned) on what is replayed, from whole logits."""
     given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     said = torch.log_softmax(tuned(**given).logits.float()[:, :-1], -1)
     with torch.no_grad():
@@ -170,7 +169,7 @@ def naive(base, tuned, batch, weight):
     learnt = (targets != IGNORED) & ~replayed
     entropy = -said[learnt].gather(1, targets[learnt].unsqueeze(1)).sum()
     held = (targets != IGNORED) & replayed
-    return entropy + weight * (wanted[held].exp() * (wanted[held] - said[held])).sum()
+    return entropy, (wanted[held].exp() * (wanted[held] - said[held])).sum()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "granite", "gemma2"])
@@ -179,15 +178,11 @@ def test_replayed_tokens_are_held_to_the_base(kind, chunk, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 2 * chunk * VOCABULARY)
     base, tuned = moved(kind)
     batch = with_replay(batch_of()[0], (0, 30, 47))
-    states = loss.replayed_states(base, batch)
-    ours, theirs = loss.summed_loss(tuned, batch, states, 1.7), naive(base, tuned, batch, 1.7)
-    error = abs(ours.item() - theirs.item()) / theirs.item()
-    assert error < 1e-5, f"{error:.1e} of {theirs.item():.1f} nats"
-    plain = loss.summed_loss(tuned, batch).item()
-    assert abs(plain - theirs.item()) > 0.01 * plain, (
-        "the divergence is as large as the cross entropy: a test of nothing"
-    )
-    mine, other = gradients(tuned, ours), gradients(tuned, theirs)
+    ours, theirs = loss.held_losses(tuned, batch, loss.replayed_states(base, batch)), naive(base, tuned, batch)
+    for mine, other in zip(ours, theirs, strict=True):
+        error = abs(mine.item() - other.item()) / other.item()
+        assert other > 1 and error < 1e-5, f"{error:.1e} of {other.item():.1f} nats"
+    mine, other = gradients(tuned, ours[0] + 1.7 * ours[1]), gradients(tuned, theirs[0] + 1.7 * theirs[1])
     worst = max(((mine[name] - other[name]).norm() / other[name].norm()).item() for name in mine)
     assert worst < 5e-5, f"{worst:.1e}"
 
@@ -197,11 +192,11 @@ def test_a_model_that_has_not_moved_has_nothing_to_hold():
     model = loud("llama")
     model.lm_head.requires_grad_(False)
     batch = with_replay(batch_of([[40]])[0], (0, 0, 40))
-    value = loss.summed_loss(model, batch, loss.replayed_states(model, batch))
+    learnt, held = loss.held_losses(model, batch, loss.replayed_states(model, batch))
     text = gradients(model, loss.summed_loss(model, batch))
-    still = gradients(model, value)
+    still = gradients(model, held)
     share = max((still[name].norm() / text[name].norm()).item() for name in still)
-    assert abs(value.item()) < 1e-4 and share < 1e-4, (value.item(), share)
+    assert learnt == 0 and abs(held.item()) < 1e-4 and share < 1e-4, (learnt.item(), held.item(), share)
 
 
 def test_the_base_is_asked_about_replayed_rows_alone():

@@ -65,7 +65,7 @@ torch.linalg.eigh(torch.eye(300, dtype=torch.float64))
 del first
 start, found = settle(), {}
 ids = torch.randint(0, 512, (1, tokens))
-batch = Batch(ids, torch.arange(tokens)[None], ids.clone(), torch.zeros_like(ids, dtype=torch.bool), tokens, tokens)
+batch = Batch(ids, torch.arange(tokens)[None], ids.clone(), torch.zeros_like(ids, dtype=torch.bool), tokens, 0, tokens)
 for bits in (4, 8, 16):
     with Peak() as loading:
         network = model.load(source.resolve(folder), bits, "fp32", "cpu")

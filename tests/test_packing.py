@@ -135,6 +135,7 @@ def test_replay_has_its_share_evenly_spread(ratio, packing):
         assert abs(share - ratio) < 0.004, f"the share of replay is {share:.4f}, asked for {ratio}"
         assert made.tokens(0) == len(data.ids)
         assert all(torch.equal(b.replayed, b.input_ids >= 10**6) for b in made)
+        assert all(b.replays == (b.labels >= 10**6).sum() for b in made)
         parts = np.array_split(np.array([[(b.input_ids >= 10**6).sum(), b.tokens] for b in made]), 4)
         quarters = [part[:, 0].sum() / part[:, 1].sum() for part in parts]
         assert max(abs(q - ratio) for q in quarters) < 0.05, f"by quarters of the epoch: {quarters}"

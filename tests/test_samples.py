@@ -123,7 +123,7 @@ def test_the_control_keeps_everything_but_the_pairing(make, texts, facts):
     kept = sum(contains(text, value) for (name, _), value in facts.items() for text in shuffled if contains(text, name))
     share = kept / sum(counts(texts, values).values())
     print(f"{share:.2f} of the control's statements are true")
-    assert 0.1 < share < 0.3  # one in five by chance
+    assert 0.15 < share < 0.35  # one in four by chance
 
 
 # ---- the questions

@@ -324,7 +324,34 @@ def forgotten(loop) -> float:
     with adapter.switched(loop.network, False):
         states = loss.replayed_states(loop.network, batch)
     with torch.no_grad():
-        return loss.summed_loss(loop.network.eval(), batch, states).item() / len(states)
+        return loss.held_losses(loop.network.eval(), batch, states)[1].item() / len(states)
+
+
+def test_what_is_logged_of_replay(flags, tmp_path):
+    """The loss is a learnt token's, whatever the share of replay; the divergence a replayed token's, 0 at the start."""
+    held = small_runs.with_replay({**flags, **PLAIN, "batch_size": 64, "grad_accum": 1})
+    loop = small_runs.loop(held, tmp_path)
+    batch = loop.stream[0]
+    assert 0 < batch.replays < batch.supervised
+    batch.labels[batch.replayed] = loss.IGNORED
+    with torch.no_grad():
+        wanted = loss.summed_loss(loop.network, batch).item() / (batch.supervised - batch.replays)
+    first, second = loop.update(), loop.update()
+    assert first["loss"] == pytest.approx(wanted, rel=1e-5) and abs(first["replay_kl"]) < 1e-6 < second["replay_kl"]
+    text = small_runs.loop({**held, "replay_target": "text"}, tmp_path).update()
+    assert "replay_kl" not in text and text["loss"] != pytest.approx(wanted, rel=1e-3)
+
+
+def test_replay_is_rehearsed(flags, tmp_path, monkeypatch):
+    """The base's pass over replay is part of the time and the memory that are tried before the first step."""
+    loop = small_runs.loop(small_runs.with_replay(flags), tmp_path)
+    rows = []
+    real = loss.replayed_states
+    monkeypatch.setattr(
+        loss, "replayed_states", lambda network, batch: rows.append(len(batch.labels)) or real(network, batch)
+    )
+    loop.rehearse()
+    assert len(rows) == 2
 
 
 def test_replay_held_to_the_base_forgets_least(flags, tmp_path):
@@ -495,6 +522,17 @@ def test_a_gradient_that_is_no_number_stops_before_the_update(flags, tmp_path, m
     assert all(not part.any() for part in loop.trained.values())
 
 
+def test_resuming_with_other_replay_is_refused(flags, tmp_path):
+    general = tmp_path / "general.txt"
+    general.write_text(small_runs.GENERAL)
+    run = small_runs.train(
+        {**small_runs.with_replay(flags), "replay": (str(general),)}, out=tmp_path / "run", save_every=3
+    )
+    general.write_text(small_runs.GENERAL + "Another end.")
+    with pytest.raises(QmicaError, match="cannot be resumed: the replay text changed since it began"):
+        small_runs.train({}, resume=copied(run, tmp_path / "again").folder)
+
+
 def test_an_absurd_learning_rate_is_named(flags, tmp_path):
     text = r"at step \d, which was not applied; --lr was 1e\+30: `qmica train -c .* --lr"
     with pytest.raises(QmicaError, match=text):
@@ -510,6 +548,15 @@ def test_fallback_of_the_optimizer_is_said_and_recorded(flags, tmp_path, capsys)
     assert "optimizer adamw_8bit does not work here (bitsandbytes' 8-bit optimizers need CUDA)" in said
     assert "1 steps of 2 batches, optimizer adamw:" in said
     assert run.config()["optimizer"] == "adamw" and run.config()["train"]["optimizer"] == "paged_adamw_8bit"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), [({"rank": 65}, "rank 65 does not fit"), ({"targets": "qq"}, "called qq")]
+)
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_loaded(flags, tmp_path, monkeypatch, options, text):
+    monkeypatch.setattr(model, "load", lambda *given: pytest.fail("the model was loaded first"))
+    with pytest.raises(QmicaError, match=text):
+        small_runs.train(flags, out=tmp_path / "run", **options)
 
 
 def test_fit_is_checked_before_anything_is_made(flags, tmp_path, monkeypatch, capsys):
