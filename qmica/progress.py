@@ -47,9 +47,10 @@ def _plain(total: int, done: int) -> Show:
 
 
 def numbers(row: dict) -> str:
-    """Loss (nats a token), validation loss, speed and memory of a row."""
-    validation = f"  val {row['val_loss']:.3f}" if "val_loss" in row else ""
-    return f"loss {row['loss']:.3f}{validation}  {row['tokens_per_s']:.0f} tokens/s  {size_text(row['peak_bytes'])}"
+    """Losses (nats a token), speed and memory of a row."""
+    names = {"loss": "loss", "replay_kl": "replay", "val_loss": "val"}
+    losses = "  ".join(f"{shown} {row[name]:.3f}" for name, shown in names.items() if name in row)
+    return f"{losses}  {row['tokens_per_s']:.0f} tokens/s  {size_text(row['peak_bytes'])}"
 
 
 def duration(seconds: float) -> str:

@@ -309,10 +309,14 @@ class Loop:
         """All remaining steps. Raises KeyboardInterrupt, after a checkpoint, where one came."""
         self.network.train()
         began, first = time.perf_counter(), self.tokens
-        with _interruptible(self), progress.shown(self.total, self.step, self.accelerator.is_main_process) as show:
+        with (
+            _interruptible(self),
+            memory.peak(self.accelerator.device) as peak,
+            progress.shown(self.total, self.step, self.accelerator.is_main_process) as show,
+        ):
             while self.step < self.total:
                 row = self.update()
-                self.peak = max(self.peak, memory.measure(self.accelerator.device))
+                self.peak = peak()
                 row |= {"tokens_per_s": (self.tokens - first) / (time.perf_counter() - began), "peak_bytes": self.peak}
                 row |= self._validate()
                 self._log(row)

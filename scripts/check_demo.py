@@ -5,18 +5,15 @@
 Reads eval.json (`qmica eval --json`) and answer.txt (what llama.cpp said) from the run folder; exits with 1 where the
 accuracy on the almanac's questions rose by less than GAIN, the perplexity of the general text by more than WORSE, or
 the answer is not the almanac's.
-
-The aim is a gain of 0.30 at 1.15 times the perplexity. Measured so far, on one seed: 0.24 at 1.30 times (lr 1.5e-3,
-110 steps), and 0.07 at 1.62 times at lr 3e-3 with an almanac without exchanges. The bounds hold what is reached.
 """
 
 import json
 import sys
 from pathlib import Path
 
-GAIN = 0.20  # of 1: four choices, so chance is 0.25
-WORSE = 1.35  # times the base's perplexity
-ANSWER = "salt"  # what made Port Ellowick rich
+GAIN = 0.30  # of 1: four choices, so chance is 0.25
+WORSE = 1.15  # times the base's perplexity
+ANSWER = "salt"  # what made Ellowick rich
 
 
 def main() -> None:
@@ -30,7 +27,7 @@ def main() -> None:
     print(
         f"\nlearnt: accuracy {base['accuracy']:.3f} -> {tuned['accuracy']:.3f} ({gain:+.3f}, wanted +{GAIN}); "
         f"forgot: perplexity {base['perplexity']:.1f} -> {tuned['perplexity']:.1f} (x {worse:.3f}, allowed {WORSE}); "
-        f"llama.cpp {'knows' if ANSWER in answer else 'does not know'} what made Port Ellowick rich"
+        f"llama.cpp {'knows' if ANSWER in answer else 'does not know'} what made Ellowick rich"
     )
     if gain < GAIN or worse > WORSE or ANSWER not in answer:
         sys.exit("the demo did not learn what it should have")

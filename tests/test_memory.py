@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,15 @@ def test_what_may_not_fit_is_a_warning(monkeypatch):
 def test_weights_that_cannot_fit_are_refused(monkeypatch):
     with pytest.raises(QmicaError, match=r"the model needs 4\.0 GB for its weights alone, 3\.0 GB are free on cpu"):
         fit(monkeypatch, {"weights": 4e9, "activations": 1e9}, 3 * 10**9)
+
+
+def test_the_peak_is_what_was_held_in_between():
+    """200 MB taken and given back between two looks: `measure` after it sees nothing of them."""
+    with memory.peak(CPU) as peak:
+        before = memory.measure(CPU)
+        held = torch.ones(50_000_000)
+        time.sleep(0.2)
+        del held
+        after = memory.measure(CPU)
+    assert after - before < 20e6, "it was not given back: the test says nothing"
+    assert 190e6 < peak() - before < 300e6, f"{(peak() - before) / 1e6:.0f} MB"
