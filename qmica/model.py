@@ -39,7 +39,7 @@ class Base:
     shapes: str | None = None
 
 
-GIVE_BACK_EVERY = 32_000_000  # bytes read
+GIVE_BACK_EVERY = 8_000_000  # bytes read
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

