@@ -34,6 +34,7 @@ class MicaLinear(nn.Module):
             self.B = nn.Parameter(B.float())
         else:
             self.register_buffer("B", B)
+        self.train(base.training)  # a model in evaluation mode stays so: its dropout is off
 
     @classmethod
     def from_base(cls, base: nn.Module, B: torch.Tensor, alpha: float, dropout: float = 0.0) -> "MicaLinear":

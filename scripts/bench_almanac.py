@@ -61,8 +61,8 @@ def measure(folder: Path, flags: list[str], gguf: bool) -> dict[str, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--control", action="store_true", help="also learn the shuffled almanac, with the first seed")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: the control alone")
+    parser.add_argument("--control", action="store_true", help="also learn the shuffled almanac, with seed 0")
     parser.add_argument("--gguf", action="store_true", help="also ask the exported files in llama.cpp")
     parser.add_argument("flags", nargs="*", help="more flags of qmica train, after --")
     options = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
             subprocess.run(
                 [sys.executable, HERE / "make_almanac.py", home, "--shuffled"], check=True, stdout=sys.stderr
             )
-            jobs["control"] = ["--seed", str(options.seeds[0]), "--data", str(home / "almanac-shuffled.jsonl")]
+            jobs["control"] = ["--seed", "0", "--data", str(home / "almanac-shuffled.jsonl")]
         gains, ratios = [], []
         for name, extra in jobs.items():
             flags = overridden([*demo_flags(), *extra], options.flags)
@@ -91,7 +91,7 @@ def main() -> None:
             if name != "control":
                 gains.append(gain)
                 ratios.append(ratio)
-    for what, values in (("gain", gains), ("perplexity ratio", ratios)):
+    for what, values in (("gain", gains), ("perplexity ratio", ratios)) if gains else ():
         print(
             f"{what}: mean {statistics.mean(values):.3f}, {min(values):.3f} to {max(values):.3f}, {len(values)} seeds"
         )

@@ -120,7 +120,12 @@ def test_not_a_gguf(refused, here):
         "safetensors"
     )
     assert refused("chat model.gguf --prompt hello").startswith("model.gguf is not a GGUF file: give a .gguf, a run")
-    assert re.fullmatch(r"(llama.cpp cannot load )?model.gguf.*", refused("eval {run} --limit 1 --gguf model.gguf"))
+    assert refused("eval {run} --limit 1 --gguf model.gguf") == (
+        "--gguf asks a file questions, and there are none: give --questions FILE"
+    )
+    (here / "asked.jsonl").write_text('{"question": "Who?", "choices": ["a", "b"], "answer": 0}\n')
+    said = refused("eval {run} --limit 1 --questions asked.jsonl --gguf model.gguf")
+    assert said == "model.gguf is not a GGUF file: it does not start with the bytes GGUF"
 
 
 def test_a_damaged_gguf(refused, models, here):

@@ -184,3 +184,11 @@ def test_only_its_input_is_saved(bits):
         layer(x)
     sizes = sorted(tensor.numel() for tensor in saved.values())
     assert sizes == sorted([x.numel(), layer.A.numel(), layer.B.numel()]), sizes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_takes_the_mode_of_its_base(training):
+    """A model in evaluation mode that is given an adapter, or opened with one, does not drop anything."""
+    frozen = base().train(training)
+    layer = MicaLinear.from_base(frozen, subspace.minor_subspace(quant.dequantize(frozen), RANK), ALPHA, 0.5)
+    assert layer.training is training and MicaLinear.lora(base().train(training), RANK, ALPHA).training is training

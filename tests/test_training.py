@@ -252,7 +252,8 @@ def test_every_kind_of_adapter_learns(flags, tmp_path, options):
 def test_validating_changes_nothing(straight, flags, tmp_path):
     """A run with a validation every other step ends with the bytes of one that validates at its end only."""
     bits = straight.config()["train"]["bits"]
-    quiet = small_runs.train(flags, out=tmp_path / "quiet", bits=bits, eval_every=0, save_every=0)
+    same = small_runs.with_replay(flags)
+    quiet = small_runs.train(same, out=tmp_path / "quiet", bits=bits, eval_every=0, save_every=0)
     assert small_runs.result(quiet) == small_runs.result(straight)
     seen = [row["val_loss"] for row in small_runs.rows(straight) if "val_loss" in row]
     assert len(seen) == 3 and seen[-1] == small_runs.rows(quiet)[-2]["val_loss"]
