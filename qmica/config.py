@@ -236,7 +236,8 @@ class ExportConfig:
     adapter: Annotated[bool, Flag(negative=())] = False
     """The adapter alone, a few MB, to be used beside the GGUF you already have."""
     base: Literal["original", "quantized"] = "original"
-    """What the adapter is merged into: the 16-bit weights, or what training saw of them."""
+    """What the adapter is merged into: the 16-bit weights, or what training saw of them. With --adapter, quantized adds
+    columns for the difference."""
     threads: int | None = None
     """CPU threads; left out: all cores."""
 

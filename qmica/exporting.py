@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qmica import architectures, durable, ggml, llamacpp, merging, tokenizer
+from qmica import architectures, compensation, durable, ggml, llamacpp, merging, quant, tokenizer
 from qmica.adapter import Factors
 from qmica.config import ExportConfig
 from qmica.errors import QmicaError
@@ -317,24 +317,36 @@ def _plan_adapter(opened: Opened, config: ExportConfig) -> Plan:
         raise QmicaError(
             f"--quant {config.quant} is for merged models: an adapter is written in F32 (the default), F16 or BF16"
         )
-    if config.base != "original":
-        raise QmicaError(f"--base {config.base} is for merged models: an adapter has no base in it, leave --base out")
     type_ = ADAPTER_TYPES[config.quant]
     family = architectures.for_config(opened.weights.config)
-    tensors = [tensor for path in opened.adapter.factors for tensor in _pair(opened, family, path, type_)]
+    factors, notes = _factors(opened, config.base)
+    tensors = [tensor for path, part in factors.items() for tensor in _pair(opened, family, path, part, type_)]
     entries = [
         *_card(opened, "adapter"),
         ("adapter.type", STRING, "lora", None),
-        ("adapter.lora.alpha", F32, _alpha(opened.adapter.factors.values()), None),
+        ("adapter.lora.alpha", F32, _alpha(factors.values()), None),
     ]
-    ranks = sorted({len(part.A) for part in opened.adapter.factors.values()})
-    notes = (f"{len(tensors) // 2} pairs of A and B, rank {', '.join(map(str, ranks))}, for {opened.source.name}",)
-    return Plan(family.name, (*entries, *_quant_entries(type_.name)), tuple(tensors), notes)
+    ranks = sorted({len(part.A) for part in factors.values()})
+    pairs = f"{len(factors)} pairs of A and B, rank {', '.join(map(str, ranks))}, for {opened.source.name}"
+    return Plan(family.name, (*entries, *_quant_entries(type_.name)), tuple(tensors), (pairs, *notes))
 
 
-def _pair(opened: Opened, family: architectures.Architecture, path: str, type_: T) -> list[Planned]:
+def _factors(opened: Opened, base: merging.BaseKind) -> tuple[Mapping[str, Factors], list[str]]:
+    """A and B of each linear, and what there is to say: as trained, or made for weights that training did not see."""
+    seen = quant.FORMATS[opened.bits].name
+    if opened.bits == 16 or opened.weights.packed:
+        return opened.adapter.factors, []
+    if base == "quantized":
+        note = f"{compensation.COLUMNS} columns of each stand for what {seen} changed in the weights"
+        return compensation.compensated(opened.run, opened.weights), [note]
+    return opened.adapter.factors, [
+        f"trained beside {seen} weights: --base quantized adds columns for what {seen} changed"
+    ]
+
+
+def _pair(opened: Opened, family: architectures.Architecture, path: str, part: Factors, type_: T) -> list[Planned]:
     """`<tensor>.lora_a` (rank, in) and `<tensor>.lora_b` (out, rank) of one linear."""
-    part, hf_name = opened.adapter.factors[path], f"{path}.weight"
+    hf_name = f"{path}.weight"
     stem, order = family.gguf_name(hf_name), family.row_order(hf_name, opened.weights.config)
     halves = {"lora_a": (part.A, None), "lora_b": (part.B, order)}
     return [
@@ -348,8 +360,8 @@ def _slices(data: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
 
 
 def _alpha(factors: Iterable[Factors]) -> float:
-    """The one alpha with alpha / rank = scale for every pair (`read_adapter` takes no adapters whose ranks differ)."""
-    (alpha,) = {part.scale * len(part.A) for part in factors}
+    """The one alpha with alpha / rank = scale for every pair, whatever their ranks."""
+    (alpha,) = {round(part.scale * len(part.A), 6) for part in factors}
     return alpha
 
 

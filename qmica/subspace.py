@@ -65,9 +65,10 @@ def _left_singular_vectors(weight: torch.Tensor, columns: slice) -> torch.Tensor
         return torch.eye(*weight.shape, dtype=weight.dtype, device=weight.device)[:, : min(weight.shape)][:, columns]
     scaled = weight / scale  # squares of 1e-200 or 1e200 would leave float64
     squares, vectors = torch.linalg.eigh(scaled @ scaled.T if wide else scaled.T @ scaled)
-    if squares[0] * GRAM_CONDITION**2 < squares[-1]:
+    squares = squares.flip(0)  # eigh sorts ascending
+    if squares[columns][-1] * GRAM_CONDITION**2 < squares[0]:
         return torch.linalg.svd(scaled, full_matrices=False).U[:, columns]
-    vectors = vectors.flip(1)[:, columns]  # eigh sorts ascending
+    vectors = vectors.flip(1)[:, columns]
     return vectors if wide else _orthonormal(scaled @ vectors)
 
 

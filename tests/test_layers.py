@@ -17,12 +17,12 @@ LAYERS = (
     {"quant", "weights", "tokenizer", "runs"},
     {"linear", "data", "memory", "model"},
     {"adapter"},
-    {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory"},
+    {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory", "compensation"},
     {"__init__", "__main__", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # imports within a layer: a job that is made of another, and the face that starts the other
-SIDEWAYS = {("exporting", "merging"), ("__main__", "cli")}
+SIDEWAYS = {("exporting", "merging"), ("exporting", "compensation"), ("__main__", "cli")}
 ONLY = {"bitsandbytes": "quant", "xllamacpp": "llamacpp"}
 LIGHT = {
     "errors",
