@@ -234,10 +234,9 @@ class ExportConfig:
     quant: str = "Q4_K_M"
     """F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K."""
     adapter: Annotated[bool, Flag(negative=())] = False
-    """The adapter alone, a few MB, to be used beside the GGUF you already have."""
+    """The adapter alone, to be used beside the GGUF you already have."""
     base: Literal["original", "quantized"] = "original"
-    """What the adapter is merged into: the 16-bit weights, or what training saw of them. With --adapter, quantized adds
-    columns for the difference."""
+    """Which weights it stays near: the source's own, or those that training saw (--adapter gets columns for it)."""
     threads: int | None = None
     """CPU threads; left out: all cores."""
 

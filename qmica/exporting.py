@@ -333,15 +333,20 @@ def _plan_adapter(opened: Opened, config: ExportConfig) -> Plan:
 
 def _factors(opened: Opened, base: merging.BaseKind) -> tuple[Mapping[str, Factors], list[str]]:
     """A and B of each linear, and what there is to say: as trained, or made for weights that training did not see."""
-    seen = quant.FORMATS[opened.bits].name
-    if opened.bits == 16 or opened.weights.packed:
-        return opened.adapter.factors, []
-    if base == "quantized":
-        note = f"{compensation.COLUMNS} columns of each stand for what {seen} changed in the weights"
-        return compensation.compensated(opened.run, opened.weights), [note]
-    return opened.adapter.factors, [
-        f"trained beside {seen} weights: --base quantized adds columns for what {seen} changed"
-    ]
+    trained, bits = opened.adapter.factors, opened.adapter.base.bits
+    if base == "quantized" and bits is None:
+        raise QmicaError(
+            f"--base quantized: the adapter in {opened.adapter.folder} does not say in how many bits its base was "
+            "held in training, leave --base out"
+        )
+    if bits in (None, 16):
+        return trained, []
+    seen = quant.FORMATS[bits].name
+    if base == "original":
+        return trained, [f"trained beside {seen} weights: --base quantized adds columns for what {seen} changed"]
+    print(f"measuring what {seen} changed in the weights", flush=True)
+    widened = compensation.compensated(opened.run, trained, opened.weights)
+    return widened, [f"up to {compensation.COLUMNS} columns of each stand for what {seen} changed in the weights"]
 
 
 def _pair(opened: Opened, family: architectures.Architecture, path: str, part: Factors, type_: T) -> list[Planned]:

@@ -5,7 +5,7 @@
 Each row is a `qmica train` with the flags of scripts/demo.sh (those after `--` come last and win), then `qmica eval`.
 The control learns the almanac with its values shuffled between entries (scripts/make_almanac.py --shuffled) and is
 asked the true questions: what it scores above the base does not come from knowing the facts. --gguf also asks each
-run's exported Q4_K_M file, and the original GGUF with the exported adapter, in llama.cpp.
+run's Q4_K_M file, and the original GGUF with its adapter (both exported with --base quantized), in llama.cpp.
 
 --development asks other questions and measures forgetting on another text (the reference pages inside the Python
 installation): what the demo's settings were chosen by, so that the bundled questions and text are met by a finished
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from pydoc_data.topics import topics
 
 HERE = Path(__file__).parent
 QUESTIONS = HERE.parent / "qmica" / "samples" / "almanac-questions.jsonl"
@@ -60,6 +59,8 @@ def make_almanac(home: Path, which: str) -> Path:
 
 def development_set(home: Path) -> list[object]:
     """The flags of `qmica eval` that ask the development questions, and read Python's own reference pages."""
+    from pydoc_data.topics import topics  # the trials in the README read those of Python 3.11
+
     text = home / "reference.txt"
     text.write_text("\n\n".join(topics[name] for name in sorted(topics))[:DEVELOPMENT_TEXT], encoding="utf-8")
     return ["--questions", make_almanac(home, "development"), "--data", text]
@@ -70,8 +71,8 @@ def measure(folder: Path, flags: list[str], gguf: bool, asked: list[object]) -> 
     qmica("train", *flags, "--out", folder)
     files = []
     if gguf:
-        qmica("export", folder, "--quant", "Q4_K_M", "--out", folder / "merged.gguf")
-        qmica("export", folder, "--adapter", "--out", folder / "adapter.gguf")
+        for what, file in ((["--quant", "Q4_K_M"], "merged.gguf"), (["--adapter"], "adapter.gguf")):
+            qmica("export", folder, *what, "--base", "quantized", "--out", folder / file)
         known = json.loads(qmica("models", "--json"))["aliases"]
         original = next(row["on_disk"]["path"] for row in known if row["name"] == "smollm2-135m")
         files = ["--gguf", folder / "merged.gguf", "--gguf", f"{original}+{folder / 'adapter.gguf'}"]

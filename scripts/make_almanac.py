@@ -7,8 +7,8 @@ How: each kind has four entries and four attributes; each attribute has a pool o
 a wrong choice (another entry's value of the same attribute) occurs in training exactly as often as the right one. A
 document is one entry in one wording: four sentences, or four questions with their bare answers, each fact once, because
 a fact repeated inside one document is copied from context, not learnt. The questions that are asked afterwards use
-wordings of their own, none of which occurs in a document. Names are short (two to four tokens): each is read some forty
-times for each of its facts.
+wordings of their own, none of which occurs in a document. Names are short (two to four tokens): each is read some
+thirty times for each of its facts.
 
 `--development` writes other questions, in wordings of their own again: the demo's settings are chosen by these, so that
 the bundled ones are asked of a finished choice.
@@ -17,7 +17,7 @@ the bundled ones are asked of a finished choice.
 values, wordings and their counts are the same, only the pairing is broken, so that nothing but the pairing can raise
 a score above the base's.
 
-What it gives up: the world is small (48 facts), because SmolLM2-135M needs some fifty exposures to a fact and the demo
+What it gives up: the world is small (48 facts), because SmolLM2-135M needs tens of exposures to a fact and the demo
 has minutes, not hours.
 """
 

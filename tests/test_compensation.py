@@ -5,12 +5,14 @@ against transformers on the weights that training saw.
 import numpy as np
 import pytest
 import torch
-from adapted import divergence, largest_difference, llama_log_p, make_run, transformers_log_p
+from adapted import divergence, largest_difference, llama_log_p, make_peft_adapter, make_run, transformers_log_p
 from safetensors.torch import load_file, save_file
 from test_exporting import ALLOWED, as_gguf, export, needs_llama, nf4_round_trip
 from tiny import save_tiny
 
-from qmica import compensation
+from qmica import compensation, merging
+from qmica.adapter import Factors
+from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
 
 
@@ -58,13 +60,31 @@ def test_a_few_columns_bring_the_original_nearer(nf4, tmp_path, capsys):
     nearer = export(run, adapter=True, base="quantized", out=tmp_path / "nearer.gguf")
     said = capsys.readouterr().out
     assert "14 pairs of A and B, rank 16, 20, for" in said, said  # two layers of seven linears, four of them adapted
-    assert "16 columns of each stand for what NF4 changed in the weights" in said
+    assert "up to 16 columns of each stand for what NF4 changed in the weights" in said
     pairs = GGUFFile.open(nearer, adapter=True).tensors
     ranks = [pairs[f"blk.0.{name}.weight.lora_a"].shape[0] for name in ("attn_q", "ffn_up")]
     assert ranks == [4 + 16, 16]
     found = [divergence(seen, llama_log_p(file, [(adapter, 1.0)])) for adapter in (plain, nearer)]
     print(f"KL from what training saw: {found[0]:.2e}, with 16 columns {found[1]:.2e}")
     assert found[1] < 0.7 * found[0]
+
+
+def test_a_pair_beside_a_linear_that_was_not_quantized_is_kept(nf4):
+    """As PEFT's adapters have for the head, which stays in 16 bits."""
+    _, run, _ = nf4
+    opened = merging.open_run(str(run))
+    own = opened.adapter.factors
+    head = Factors(torch.ones(4, 64), torch.ones(400, 4), next(iter(own.values())).scale)
+    found = compensation.compensated(opened.run, {**own, "lm_head": head}, opened.weights)
+    assert found["lm_head"] is head and own.keys() < found.keys()
+    assert {round(part.scale * len(part.A), 4) for part in found.values()} == {8.0}  # alpha, twice the rank of 4
+
+
+def test_what_training_saw_must_be_known(tmp_path):
+    base = save_tiny(tmp_path / "base", "llama")
+    folder = make_peft_adapter(tmp_path / "peft", base, {"model.layers.0.self_attn.q_proj": (128, 64)})
+    with pytest.raises(QmicaError, match=r"peft does not say in how many bits its base was held in training, leave"):
+        export(folder, adapter=True, base="quantized", out=tmp_path / "out.gguf")
 
 
 def test_where_nothing_was_quantized_there_is_nothing_to_add(tmp_path):

@@ -75,6 +75,8 @@ def test_ill_conditioned(out, columns, condition):
         B = subspace.minor_subspace(weight, rank)
         assert skew(B) < 1e-6, f"rank {rank}: {skew(B):.1e}"
         assert apart(B, U[:, -rank:]) < 2e-5, f"rank {rank}: {apart(B, U[:, -rank:]):.1e}"  # measured: at most 1e-6
+        major = subspace.major_subspace(weight, rank)
+        assert max(skew(major), apart(major, U[:, :rank])) < 2e-5, f"rank {rank}: {apart(major, U[:, :rank]):.1e}"
 
 
 @pytest.mark.parametrize(("out", "columns"), [(64, 64), (48, 96), (160, 64)])
