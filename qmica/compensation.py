@@ -7,7 +7,7 @@ for E X is U Uᵀ E X, U the k leading left singular vectors of E X. So U joins 
 (arXiv 2410.21271) with a few hundred inputs in place of their covariance, which for a 4096-wide layer is 64 MB. The
 inputs are those of the tuned model on the bundled novel, met in one forward pass, one layer's difference at a time.
 
-Measured on SmolLM2-135M from its Q4_1 GGUF in NF4, 240 questions of the almanac: transformers beside NF4 0.775, the
+Measured on SmolLM2-135M from its Q4_1 GGUF in NF4, 240 questions of an almanac: transformers beside NF4 0.775, the
 GGUF with the plain adapter 0.688, with 16 columns 0.767.
 
 What it gives up: memory (the quantized model, three fp32 copies of a layer, all pairs) and a small file: the pairs of
