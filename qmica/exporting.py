@@ -208,7 +208,7 @@ def _second_rounding(file: GGUFFile | None, planned: Mapping[str, Planned], quan
         return []
     names = "/".join(sorted(type_.name for type_ in old))
     return [
-        f"the base is {names} already and is rounded a second time: --adapter beside it loses nothing, "
+        f"the base is {names} already and is rounded a second time: --adapter beside it is not rounded, "
         "--quant Q8_0 little"
     ]
 

@@ -266,7 +266,7 @@ def test_untouched_tensors_are_copied_byte_for_byte(wide_gguf, tmp_path, capsys)
         ["Q4_K"],
         ["Q6_K"],
     ]
-    assert "the base is Q4_K/Q6_K already and is rounded a second time: --adapter beside it loses nothing" in said
+    assert "the base is Q4_K/Q6_K already and is rounded a second time: --adapter beside it is not rounded" in said
 
 
 @needs_llama
