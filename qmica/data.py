@@ -357,7 +357,8 @@ def prepare(
         train, validation = split(train, val_split, seed)
     if replay and replay_ratio:
         target = replay_tokens(train, replay_ratio)
-        window = min(max_seq_length, max(32, round(target / REPLAY_DRAWS)))
+        share_of_row = round(replay_ratio * max_seq_length)  # which leaves the data room beside it, in one update
+        window = min(max_seq_length, max(32, min(share_of_row, round(target / REPLAY_DRAWS))))
         general = _build(read(replay), tokenizer, _Builder(max_seq_length, window), mask_prompt, say)
         drawn = int(general.lengths[draw_replay(general, target, seed, 0)].sum())
     summary = Summary(

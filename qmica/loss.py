@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 CHUNK_LOGITS = 2**25  # logits at once, 134 MB in fp32: for each chunk a 16-bit head is cast to fp32 again
 IGNORED = -100  # the label of a token that is not supervised, as in torch and transformers
@@ -138,12 +139,19 @@ def _replayed(batch) -> torch.Tensor:
 
 @torch.no_grad()
 def replayed_states(model: nn.Module, batch) -> torch.Tensor:
-    """The last hidden states (tokens, width) in evaluation mode where a batch's replayed tokens are predicted; rows
-    without any are not computed.
+    """The last hidden states (tokens, width) in evaluation mode where a batch's replayed tokens are predicted; only the
+    replayed tokens of each row are computed (documents see nothing of their neighbours).
     """
-    rows = batch.replayed.any(dim=1)
+    rows = [row for row in batch.replayed.any(dim=1).nonzero().flatten().tolist()]
+    alone = [
+        pad_sequence([part[row][batch.replayed[row]] for row in rows], batch_first=True, padding_value=fill)
+        for part, fill in ((batch.input_ids, 0), (batch.position_ids, 0), (batch.labels, IGNORED))
+    ]
     with evaluating(model):
-        return hidden_states(model, batch, rows)[:, :-1][_replayed(batch)[rows]]
+        hidden = model.base_model(
+            input_ids=alone[0], position_ids=alone[1], attention_mask=None, use_cache=False
+        ).last_hidden_state
+    return hidden[:, :-1][alone[2][:, 1:] != IGNORED]
 
 
 @contextmanager

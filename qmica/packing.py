@@ -135,22 +135,28 @@ def _middles(lengths: np.ndarray) -> np.ndarray:
     return (np.cumsum(lengths) - lengths / 2) / max(1, lengths.sum())
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], capacity: int, kinds: Sequence[int] | None = None) -> list[list[int]]:
     """Rows of indices into `lengths`, each at most `capacity` long: best fit, in the order given.
 
     Each goes into the open row it leaves the least room in, else into a new one; rows stand in the order of opening.
+    kinds: 0 or 1 for each; it goes into a row that has the other kind, as long as one has the room.
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free, row), sorted
+    rooms: tuple[list, list] = ([], [])  # (free, row), sorted: rows of kind 0 alone, and rows with kind 1
     smallest = min(lengths, default=0)
     for i, length in enumerate(lengths):
-        at = bisect.bisect_left(room, (length, -1))
-        free, row = room.pop(at) if at < len(room) else (capacity, len(rows))
-        if row == len(rows):
+        kind = 0 if kinds is None else kinds[i]
+        for has in (1 - kind, kind):
+            at = bisect.bisect_left(rooms[has], (length, -1))
+            if at < len(rooms[has]):
+                free, row = rooms[has].pop(at)
+                break
+        else:
+            free, row, has = capacity, len(rows), kind
             rows.append([])
         rows[row].append(i)
         if free - length >= smallest:
-            bisect.insort(room, (free - length, row))
+            bisect.insort(rooms[has | kind], (free - length, row))
     return rows
 
 
@@ -215,7 +221,8 @@ def batches(
 ) -> Epoch:
     """The batches of one epoch, a function of the arguments alone.
 
-    Without packing every example has its own row. Replay is spread evenly between the examples and packed with them.
+    Without packing every example has its own row. Replay is spread evenly between the examples and packed beside
+    them, so that most updates see both.
     The number of rows differs a little from epoch to epoch with packing: ask each epoch for its length.
     """
     order = _order(0, seed, epoch, len(examples))
@@ -227,6 +234,6 @@ def batches(
     stream = [(0, i) for i in order.tolist()] + [(1, i) for i in drawn.tolist()]
     stream = [stream[i] for i in mixed.tolist()]
     sizes = np.concatenate(lengths)[mixed].tolist()
-    rows = pack(sizes, max_seq_length) if packing else [[i] for i in range(len(sizes))]
+    rows = pack(sizes, max_seq_length, [s for s, _ in stream]) if packing else [[i] for i in range(len(sizes))]
     sources = (examples,) if replay is None else (examples, replay)
     return Epoch(sources, [[stream[i] for i in row] for row in rows], batch_size)

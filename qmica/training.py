@@ -223,8 +223,8 @@ class Loop:
         )
 
     def update(self) -> dict:
-        """One step: its loss (nats a learnt token), what replay was held to (nats a token), learning rate and gradient
-        norm.
+        """One step: its loss (nats a learnt token) and what replay was held to (nats a token), where it had such
+        tokens; learning rate and gradient norm.
         """
         torch.manual_seed(self.options.seed * 1_000_003 + self.step)  # dropout is a function of the step
         for group in self.optimizer.param_groups:
@@ -245,7 +245,7 @@ class Loop:
         return {
             "step": self.step,
             "tokens": self.tokens,
-            "loss": learnt / max(1, supervised - count),
+            **({"loss": learnt / (supervised - count)} if supervised > count else {}),
             **({"replay_kl": held / count} if count else {}),
             "lr": self.lr(self.step - 1),
             "grad_norm": norm.item(),
