@@ -1,8 +1,8 @@
 """Talk to a GGUF in llama.cpp, or to a run in transformers: one prompt, or a conversation.
 
 How: both are a stream of pieces of text for a list of messages; the loop around them is the same. Ctrl-C stops an
-answer, at the prompt it ends the program. A model without a chat template goes on with the text it is given. torch and
-transformers (seconds to import) are met only where a run is opened.
+answer, at the prompt it ends the program. A model without a chat template goes on with the text it is given, and so
+does any model with `raw`. torch and transformers (seconds to import) are met only where a run is opened.
 
 What it gives up: several conversations at once, and a cache across turns in transformers (llama.cpp keeps its own).
 """
@@ -68,10 +68,10 @@ def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
 
 def _llama_answers(llama: Llama, config: ChatConfig) -> Answer:
     def answer(messages: Messages) -> Iterator[str]:
-        if llama.has_chat_template:
-            prompt = llama.chat_tokens(messages)
-        else:
+        if config.raw or not llama.has_chat_template:
             prompt = llama.tokenize(_plain_text(messages), add_bos=True)
+        else:
+            prompt = llama.chat_tokens(messages)
         ids = llama.generate(prompt, max_tokens=config.max_tokens, temperature=config.temp, seed=config.seed)
         return llama.pieces(ids)
 
@@ -90,7 +90,7 @@ def _transformers_answers(network: torch.nn.Module, tokens, config: ChatConfig) 
 
     def answer(messages: Messages) -> Iterator[str]:
         torch.manual_seed(config.seed)
-        ids = _prompt_ids(tokens, messages).to(network.device)
+        ids = _prompt_ids(tokens, messages, config.raw).to(network.device)
         if ids.shape[1] > config.ctx:
             raise QmicaError(
                 f"{ids.shape[1]} tokens do not fit into the context of {config.ctx}: shorten the text or raise --ctx"
@@ -135,13 +135,13 @@ def _streamed(network, arguments: dict, streamer, stopped: threading.Event) -> I
 
 
 def _plain_text(messages: Messages) -> str:
-    """What a model without a chat template goes on with: the last turn, behind the system message if there is one."""
+    """What is gone on with where no chat template is used: the last turn, behind the system message if there is one."""
     system = [message["content"] for message in messages[:1] if message["role"] == "system"]
     return "\n\n".join([*system, messages[-1]["content"]])
 
 
-def _prompt_ids(tokens, messages: Messages) -> torch.Tensor:
-    if not tokens.chat_template:
+def _prompt_ids(tokens, messages: Messages, raw: bool = False) -> torch.Tensor:
+    if raw or not tokens.chat_template:
         return tokens(_plain_text(messages), return_tensors="pt")["input_ids"]
     return tokens.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
         "input_ids"

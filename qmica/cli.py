@@ -145,6 +145,7 @@ def eval(
     help_epilogue=_examples(
         "qmica chat",
         'qmica chat runs/notes/notes.Q4_K_M.gguf --prompt "Who keeps the lighthouse?"',
+        'qmica chat runs/notes/notes.Q4_K_M.gguf --raw --prompt "The lighthouse is kept by"',
         "qmica chat base.gguf --adapter notes.adapter.gguf --temp 0.7",
     ),
 )

@@ -282,6 +282,8 @@ class ChatConfig:
 
     prompt: Annotated[str | None, _FreeText] = None
     """Answer this and stop; left out: a conversation."""
+    raw: Annotated[bool, Flag(negative=())] = False
+    """Go on with the prompt as it stands, without a chat template: how to ask for what was learnt as text."""
     system: Annotated[str | None, _FreeText] = None
     """The system message."""
     adapter: Path | None = None

@@ -198,9 +198,13 @@ def test_a_prompt_longer_than_the_context(run, merged_gguf, kind):
 
 
 def test_without_a_chat_template_the_text_is_continued(base, tmp_path, capsys):
-    """Behind the system message, where one is given; the same in both engines."""
+    """Behind the system message, where one is given; the same in both engines, and with `raw` where there is one."""
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokens = tiny.tiny_tokenizer("llama")
+    templated = tiny.write_gguf(tmp_path / "templated.gguf", network, tokens)
+    asked = [{"role": "user", "content": PROMPT}]
+    assert chatting._prompt_ids(tokens, asked, raw=True).tolist() == [tokens(PROMPT)["input_ids"]]
+    assert chatting._prompt_ids(tokens, asked).tolist() != [tokens(PROMPT)["input_ids"]]
     tokens.chat_template = None
     plain = tiny.write_gguf(tmp_path / "plain.gguf", network, tokens)
     answers = []
@@ -212,6 +216,7 @@ def test_without_a_chat_template_the_text_is_continued(base, tmp_path, capsys):
         )
         answers.append(tokens.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
         assert said(capsys, plain, changed(system=system)).strip() == answers[-1].strip()
+        assert said(capsys, templated, changed(system=system, raw=True)).strip() == answers[-1].strip()
         messages = [{"role": "system", "content": system}] if system else []
         assert chatting._prompt_ids(tokens, [*messages, {"role": "user", "content": PROMPT}]).tolist() == ids.tolist()
     assert answers[0] != answers[1]

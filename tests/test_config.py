@@ -71,6 +71,7 @@ DEFAULTS = {
     },
     ChatConfig: {
         "--prompt": None,
+        "--raw": False,
         "--system": None,
         "--adapter": None,
         "--temp": 0.0,
