@@ -42,7 +42,7 @@ from qmica.config import ExportConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor
 from qmica.merging import Opened
-from qmica.weights import LazyTensor, Weights
+from qmica.weights import LazyTensor, Weights, fingerprint
 
 T = GGMLQuantizationType
 BLOCK_BYTES = 64 << 20  # of fp32 rows: 16 chunks of ggml.quantize, one a thread
@@ -344,6 +344,11 @@ def _factors(opened: Opened, base: merging.BaseKind) -> tuple[Mapping[str, Facto
     seen = quant.FORMATS[bits].name
     if base == "original":
         return trained, [f"trained beside {seen} weights: --base quantized adds columns for what {seen} changed"]
+    if opened.adapter.base.fingerprint not in (None, fingerprint(opened.weights)):
+        raise QmicaError(
+            f"--base quantized: the weights of {opened.source.id} changed since training, and what {seen} did to the "
+            "old ones is not known: put them back, or leave --base out"
+        )
     print(f"measuring what {seen} changed in the weights", flush=True)
     widened = compensation.compensated(opened.run, trained, opened.weights)
     return widened, [f"up to {compensation.COLUMNS} columns of each stand for what {seen} changed in the weights"]

@@ -87,6 +87,16 @@ def test_what_training_saw_must_be_known(tmp_path):
         export(folder, adapter=True, base="quantized", out=tmp_path / "out.gguf")
 
 
+def test_the_weights_must_be_those_of_training(tmp_path):
+    base = save_tiny(tmp_path / "base", "llama")
+    run = make_run(tmp_path / "run", base, bits=4)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QmicaError, match=r"--base quantized: the weights of .*base changed since training, and what NF4"):
+        export(run, adapter=True, base="quantized", out=tmp_path / "out.gguf")
+    assert export(run, adapter=True, out=tmp_path / "plain.gguf").exists()
+
+
 def test_where_nothing_was_quantized_there_is_nothing_to_add(tmp_path):
     run = make_run(tmp_path / "run", save_tiny(tmp_path / "base", "llama"), bits=16)
     written = [export(run, adapter=True, base=base, out=tmp_path / base) for base in ("original", "quantized")]
