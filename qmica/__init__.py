@@ -116,16 +116,17 @@ def merge(
     run: str | Path | Run | None = None,
     out: str | Path | None = None,
     base: Literal["original", "quantized"] = "original",
+    scale: float = 1.0,
 ) -> Path:
     """Write the merged model as a safetensors folder and return the folder.
 
-    base: what the adapter is merged into, the 16-bit weights or what training saw of them.
+    base: what the adapter is merged into, the 16-bit weights or what training saw of them. scale: how much of it.
     """
     from qmica import merging
 
     if base not in ("original", "quantized"):
         raise QmicaError(f"base={base!r}: choose one of 'original', 'quantized'")
-    return merging.merge(_name(run), None if out is None else Path(out), base)
+    return merging.merge(_name(run), None if out is None else Path(out), base, scale)
 
 
 def chat(target: str | Path | Run | None = None, **options: Any) -> None:

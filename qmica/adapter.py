@@ -265,8 +265,12 @@ def base_of(model: nn.Module) -> Base:
     return known or Base(id=getattr(model, "name_or_path", "") or "unknown", bits=quant.stored_bits(model))
 
 
-def read_adapter(folder: str | Path) -> Adapter:
-    """An adapter folder of qmica's or PEFT's, its tensors in memory (a few MB). Raises QmicaError for anything else."""
+def read_adapter(folder: str | Path, share: float = 1.0) -> Adapter:
+    """An adapter folder of qmica's or PEFT's, its tensors in memory (a few MB). Raises QmicaError for anything else.
+
+    share: of alpha. Weights on the line between base and tuned keep most of what was learnt and forget less (WiSE-FT,
+    arXiv 2109.01903); of an adapter that line is its scale.
+    """
     folder = Path(folder)
     runs.require_result(folder)
     config = _read_json(folder / CONFIG)
@@ -274,8 +278,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     _require_plain(config, folder)
     try:
         rank, alpha = config["r"], config["lora_alpha"]
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        options = _options(config, scale) if ours is None else AdapterConfig(**ours["adapter"])
+        scale = share * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        options = _options(config, scale) if ours is None else AdapterConfig(**{**ours["adapter"], "alpha": scale * rank})
         base = Base(id=config.get("base_model_name_or_path") or "unknown") if ours is None else Base(**ours["base"])
     except (KeyError, TypeError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -409,14 +413,16 @@ def check_base(adapter: Adapter, base: Base) -> None:
         )
 
 
-def open_run(run: str | Path | runs.Run | None = None, tuned: bool = True, **changes) -> tuple[nn.Module, object]:
+def open_run(
+    run: str | Path | runs.Run | None = None, tuned: bool = True, scale: float = 1.0, **changes
+) -> tuple[nn.Module, object]:
     """The model and tokenizer of a run, an adapter folder, or a name under runs/ (None: the newest run).
 
-    tuned: with its adapter. changes: fields of ModelConfig to use in place of the run's (`bits`, `dtype`, `device`,
+    tuned: with its adapter; scale: how much of it. changes: fields of ModelConfig to use in place of the run's (`bits`, `dtype`, `device`,
     `model`).
     """
     run = run if isinstance(run, runs.Run) else runs.find(run)
-    adapter = read_adapter(run.adapter)
+    adapter = read_adapter(run.adapter, scale)
     config = ModelConfig(**{**run.model_config(adapter.base), **changes})
     found = source.resolve(config.model, config.revision)
     model = load(found, config.bits, config.dtype, config.device)

@@ -50,7 +50,7 @@ def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
         if not is_gguf(path):
             raise QmicaError(f"{path} is not a GGUF file: give a .gguf, a run folder, or nothing for the newest run")
         GGUFFile.open(path)  # a projector or an adapter is said to be one before llama.cpp meets it
-        adapters = [(config.adapter, 1.0)] if config.adapter else []
+        adapters = [(config.adapter, config.scale)] if config.adapter else []
         llama = Llama(path, adapters, context=config.ctx, threads=config.threads, exact=False)
         return _llama_answers(stack.enter_context(llama), config)
     if path is not None and path.suffix.lower() == ".gguf" and not path.exists():
@@ -63,7 +63,7 @@ def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    return _transformers_answers(*adapter.open_run(runs.find(target)), config)
+    return _transformers_answers(*adapter.open_run(runs.find(target), scale=config.scale), config)
 
 
 def _llama_answers(llama: Llama, config: ChatConfig) -> Answer:

@@ -178,6 +178,7 @@ def merge(
     *,
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     base: Literal["original", "quantized"] = "original",
+    scale: float = 1.0,
 ) -> None:
     """Write the merged model as a folder of safetensors.
 
@@ -189,10 +190,12 @@ def merge(
         The folder; left out: RUN/merged.
     base: str
         What the adapter is merged into: the 16-bit weights, or what training saw of them.
+    scale: float
+        How much of the adapter is used: below 1 less is forgotten, and less is known.
     """
     from qmica import merging
 
-    merging.merge(run, out, base)
+    merging.merge(run, out, base, scale)
 
 
 @app.command(

@@ -38,13 +38,15 @@ def stand_in(difference: torch.Tensor, inputs: torch.Tensor, columns: int) -> tu
     return B.T @ difference, B
 
 
-def compensated(run: runs.Run, factors: Mapping[str, Factors], weights: Weights) -> dict[str, Factors]:
+def compensated(
+    run: runs.Run, factors: Mapping[str, Factors], weights: Weights, scale: float = 1.0
+) -> dict[str, Factors]:
     """A run's factors by module path, made for these weights, which it was trained from: every linear that loading
-    quantized has a pair, in fp32 and under the alpha that all have.
+    quantized has a pair, in fp32 and under the alpha that all have. scale: how much of the run's adapter they are.
 
     Raises QmicaError as `adapter.open_run` does.
     """
-    network, tokens = adapter.open_run(run, device="auto", dtype="fp32")  # 16 bits would round a small difference
+    network, tokens = adapter.open_run(run, scale=scale, device="auto", dtype="fp32")  # 16 bits would round a small difference
     text = Path(*samples.REPLAY).read_text(encoding="utf-8")[: 8 * TOKENS]
     ids = torch.tensor([tokens(text)["input_ids"][:TOKENS]], device=network.device)
     alpha = next(part.scale * len(part.A) for part in factors.values())

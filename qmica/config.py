@@ -237,6 +237,8 @@ class ExportConfig:
     """The adapter alone, to be used beside the GGUF you already have."""
     base: Literal["original", "quantized"] = "original"
     """Which weights it stays near: the source's own, or those that training saw (--adapter gets columns for it)."""
+    scale: float = 1.0
+    """How much of the run's adapter is used: below 1 less is forgotten, and less is known."""
     threads: int | None = None
     """CPU threads; left out: all cores."""
 
@@ -244,6 +246,7 @@ class ExportConfig:
         object.__setattr__(self, "quant", self.quant.upper())
         _require(
             (self.quant in QUANTS, f"--quant {self.quant}: choose one of {', '.join(QUANTS)}"),
+            (0 < self.scale < inf, f"--scale {self.scale}: give more than 0"),
             (self.threads is None or self.threads > 0, f"--threads {self.threads}: give 1 or more"),
         )
 
@@ -263,6 +266,8 @@ class EvalConfig:
     """So many of the questions are also answered in words, right where the exact choice stands in the answer."""
     limit: int | None = None
     """Only the first so many questions, and the first so many windows of text."""
+    scale: float = 1.0
+    """How much of the run's adapter is used: below 1 less is forgotten, and less is known."""
     gguf: tuple[Path, ...] = ()
     """GGUF files asked the same questions through llama.cpp; FILE+ADAPTER.gguf puts an adapter on a file."""
 
@@ -270,6 +275,7 @@ class EvalConfig:
         object.__setattr__(self, "data", _as_tuple(self.data))
         _require(
             (self.max_seq_length >= 8, f"--max-seq-length {self.max_seq_length}: give 8 or more"),
+            (0 < self.scale < inf, f"--scale {self.scale}: give more than 0"),
             (self.limit is None or self.limit > 0, f"--limit {self.limit}: give 1 or more"),
             (self.free >= 0, f"--free {self.free}: give 0 or more"),
         )
@@ -288,6 +294,8 @@ class ChatConfig:
     """The system message."""
     adapter: Path | None = None
     """An adapter GGUF on top of a GGUF."""
+    scale: float = 1.0
+    """How much of the adapter is used (a run's, or --adapter's): below 1 less is forgotten, and less is known."""
     temp: float = 0.0
     """Temperature; 0 takes the likeliest token each time."""
     ctx: int = 4096
@@ -301,6 +309,7 @@ class ChatConfig:
 
     def __post_init__(self):
         _require(
+            (0 < self.scale < inf, f"--scale {self.scale}: give more than 0"),
             (0 <= self.temp < inf, f"--temp {self.temp}: give 0 or more"),
             (self.ctx > 0, f"--ctx {self.ctx}: give 1 or more"),
             (self.max_tokens > 0, f"--max-tokens {self.max_tokens}: give 1 or more"),

@@ -202,7 +202,7 @@ def evaluate(
     if config.gguf and not questions:
         raise QmicaError("--gguf asks a file questions, and there are none: give --questions FILE")
     files = [_gguf(spec) for spec in config.gguf]  # what is missing is said before a model is loaded
-    network, tokens = _open(opened, model_config, say)
+    network, tokens = _open(opened, model_config, config.scale, say)
     batches = _text(config, tokens, say)
     kinds = {"base": False, "tuned": True} if opened else {"base": False}
     rows = [_score_network(name, network, tuned, tokens, questions, batches, config) for name, tuned in kinds.items()]
@@ -216,12 +216,14 @@ def evaluate(
     return result
 
 
-def _open(opened: runs.Run | None, alone: ModelConfig | None, say: Callable[[str], None]) -> tuple[nn.Module, object]:
-    """A run's model with its adapter, or a model alone; and the tokenizer."""
+def _open(
+    opened: runs.Run | None, alone: ModelConfig | None, scale: float, say: Callable[[str], None]
+) -> tuple[nn.Module, object]:
+    """A run's model with its adapter (so much of it), or a model alone; and the tokenizer."""
     if opened is not None:
-        network, tokens = adapter.open_run(opened)
+        network, tokens = adapter.open_run(opened, scale=scale)
         base = adapter.base_of(network)
-        say(f"{opened.folder}: {base.id} in {base.bits} bits")
+        say(f"{opened.folder}: {base.id} in {base.bits} bits{'' if scale == 1 else f', {scale:g} of the adapter'}")
         return network, tokens
     if alone.threads:
         torch.set_num_threads(alone.threads)

@@ -98,7 +98,7 @@ def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Pat
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    opened = merging.open_run(run)
+    opened = merging.open_run(run, config.scale)
     target = _target(opened, config)
     rounding = merging.Rounding()
     plan = _plan_adapter(opened, config) if config.adapter else _plan_model(opened, config, rounding)
@@ -140,7 +140,7 @@ def _plan_model(opened: Opened, config: ExportConfig, rounding: merging.Rounding
         for name, hf in names.items()
     }
     entries = _copied_entries(weights.gguf) if weights.gguf else _folder_entries(opened, family)
-    merging_note = f"merging {len(opened.adapter.factors)} linears into {merging.describe(opened, config.base)}"
+    merging_note = merging.describe(opened, config.base, config.scale)
     notes = (merging_note, *notes, *_second_rounding(weights.gguf, planned, config.quant))
     return Plan(family.name, (*entries, *_quant_entries(config.quant)), (*planned.values(), *extra.values()), notes)
 
@@ -319,7 +319,7 @@ def _plan_adapter(opened: Opened, config: ExportConfig) -> Plan:
         )
     type_ = ADAPTER_TYPES[config.quant]
     family = architectures.for_config(opened.weights.config)
-    factors, notes = _factors(opened, config.base)
+    factors, notes = _factors(opened, config.base, config.scale)
     tensors = [tensor for path, part in factors.items() for tensor in _pair(opened, family, path, part, type_)]
     entries = [
         *_card(opened, "adapter"),
@@ -328,10 +328,11 @@ def _plan_adapter(opened: Opened, config: ExportConfig) -> Plan:
     ]
     ranks = sorted({len(part.A) for part in factors.values()})
     pairs = f"{len(factors)} pairs of A and B, rank {', '.join(map(str, ranks))}, for {opened.source.name}"
+    pairs += merging.strength(config.scale)
     return Plan(family.name, (*entries, *_quant_entries(type_.name)), tuple(tensors), (pairs, *notes))
 
 
-def _factors(opened: Opened, base: merging.BaseKind) -> tuple[Mapping[str, Factors], list[str]]:
+def _factors(opened: Opened, base: merging.BaseKind, scale: float) -> tuple[Mapping[str, Factors], list[str]]:
     """A and B of each linear, and what there is to say: as trained, or made for weights that training did not see."""
     trained, bits = opened.adapter.factors, opened.adapter.base.bits
     if base == "quantized" and bits is None:
@@ -350,7 +351,7 @@ def _factors(opened: Opened, base: merging.BaseKind) -> tuple[Mapping[str, Facto
             "old ones is not known: put them back, or leave --base out"
         )
     print(f"measuring what {seen} changed in the weights", flush=True)
-    widened = compensation.compensated(opened.run, trained, opened.weights)
+    widened = compensation.compensated(opened.run, trained, opened.weights, scale)
     return widened, [f"up to {compensation.COLUMNS} columns of each stand for what {seen} changed in the weights"]
 
 

@@ -9,6 +9,7 @@ What it gives up: merging back into 4 bit (the rounding would undo much of a sma
 (the scales of NF4 have an offset of the whole tensor, so one tensor is whole in memory for `base="quantized"`).
 """
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,21 +59,26 @@ class Rounding:
         return f"the quantized weights differ from the original ones by {100 * share:.2g} % (root mean square)"
 
 
-def merge(run: str | None = None, out: Path | None = None, base: BaseKind = "original") -> Path:
+def merge(
+    run: str | None = None, out: Path | None = None, base: BaseKind = "original", scale: float = 1.0
+) -> Path:
     """Write the merged model as a folder of safetensors in bf16, ready for transformers, vLLM and others. Returns the
     folder.
 
     run: a run, an adapter folder, or a name under runs/ (None: the newest). out: must be missing or empty; None:
-    RUN/merged. Raises QmicaError for an adapter that is not of this base, a filled folder, or a full disk.
+    RUN/merged. scale: how much of the adapter. Raises QmicaError for an adapter that is not of this base, a filled
+    folder, or a full disk.
     """
-    opened = open_run(run)
+    if not 0 < scale < math.inf:
+        raise QmicaError(f"--scale {scale}: give more than 0")
+    opened = open_run(run, scale)
     target = Path(out) if out is not None else opened.run.folder / "merged"
     durable.require_empty(target)
     rounding = Rounding()
     weights = merged(opened.weights, opened.adapter, base, opened.bits, rounding)
     size = sum(tensor.nbytes // tensor.dtype.itemsize * DTYPE.itemsize for tensor in weights.values())
     durable.require_space(target, size, f"merging into {target}")
-    print(f"merging {len(opened.adapter.factors)} linears into {describe(opened, base)}")
+    print(describe(opened, base, scale))
     with durable.replacing_folder(target) as part:
         write_sharded(weights, part, DTYPE)
         durable.write_json(part / source.CONFIG, _config(weights))
@@ -84,11 +90,11 @@ def merge(run: str | None = None, out: Path | None = None, base: BaseKind = "ori
     return target
 
 
-def open_run(run: str | None) -> Opened:
-    """A run opened for merging, its adapter checked against its base. Raises QmicaError naming both where they do not
+def open_run(run: str | None, scale: float = 1.0) -> Opened:
+    """A run opened for merging, its adapter (so much of it) checked against its base. Raises QmicaError naming both where they do not
     fit."""
     found = runs.find(run)
-    adapter = read_adapter(found.adapter)
+    adapter = read_adapter(found.adapter, scale)
     config = found.model_config(adapter.base)
     base = source.resolve(config["model"], config["revision"])
     weights = open_weights(base)
@@ -122,15 +128,22 @@ def check_adapter(adapter: Adapter, weights: Weights, base: source.Source) -> No
         )
 
 
-def describe(opened: Opened, base: BaseKind) -> str:
-    """What is merged into, in words."""
-    name, seen = opened.source.name, quant.FORMATS[opened.bits].name
+def describe(opened: Opened, base: BaseKind, scale: float = 1.0) -> str:
+    """What is merged into what, in words."""
+    seen = quant.FORMATS[opened.bits].name
     if opened.weights.packed:
-        return f"{name}, which bitsandbytes stored quantized: its original weights are those that training saw"
-    if base == "quantized":
-        return f"{name} as training saw it, {seen} dequantized (--base original takes its own weights)"
-    own = "the GGUF's weights, dequantized" if opened.source.kind == "gguf" else "its own weights"
-    return f"{name}, {own} (--base quantized takes the {seen} ones that training saw)"
+        weights = ", which bitsandbytes stored quantized: its original weights are those that training saw"
+    elif base == "quantized":
+        weights = f" as training saw it, {seen} dequantized (--base original takes its own weights)"
+    else:
+        own = "the GGUF's weights, dequantized" if opened.source.kind == "gguf" else "its own weights"
+        weights = f", {own} (--base quantized takes the {seen} ones that training saw)"
+    return f"merging {len(opened.adapter.factors)} linears{strength(scale)} into {opened.source.name}{weights}"
+
+
+def strength(scale: float) -> str:
+    """What to say of a part of an adapter."""
+    return "" if scale == 1 else f" at {scale:g} of the adapter's strength"
 
 
 # ---- the weights

@@ -76,7 +76,7 @@ def test_the_other_verbs(jobs, tmp_path):
     qmica.export()
     assert jobs.arguments == (None, ExportConfig())
     qmica.merge("x", "y", base="quantized")
-    assert jobs.arguments == ("x", Path("y"), "quantized")
+    assert jobs.arguments == ("x", Path("y"), "quantized", 1.0)
     qmica.chat("m.gguf", prompt="hello")
     assert jobs.arguments == ("m.gguf", ChatConfig(prompt="hello"))
     qmica.eval("x", limit=3)
@@ -91,7 +91,7 @@ def test_the_other_verbs(jobs, tmp_path):
         ("train", {"rnak": 3}, r"^rnak is no argument of qmica.train\(\): did you mean rank\?$"),
         ("train", {"batchsize": 3}, "did you mean batch_size"),
         ("export", {"quantt": "F16"}, "did you mean quant"),
-        ("chat", {"zzz": 1}, "which takes prompt, system"),
+        ("chat", {"zzz": 1}, "which takes prompt, raw, system"),
         ("load", {"bit": 4}, "did you mean bits"),
     ],
 )

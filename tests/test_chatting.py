@@ -72,6 +72,21 @@ def test_a_run_and_its_gguf_answer_alike(run, base_gguf, merged_gguf, adapter_gg
     assert said(capsys, base_gguf, GREEDY) != here
 
 
+def test_a_part_of_the_adapter_answers_alike(run, base_gguf, adapter_gguf, tmp_path, capsys):
+    """0.4 of it: the run, its merged GGUF, its adapter's, and the whole adapter that llama.cpp scales."""
+    half = {"scale": 0.4}
+    here = said(capsys, run.folder, changed(**half))
+    exported = {}
+    for kind in (False, True):
+        exported[kind] = tmp_path / f"{kind}.gguf"
+        exporting.export(str(run.folder), ExportConfig(out=exported[kind], adapter=kind, quant="F32", **half))
+        assert "at 0.4 of the adapter's strength" in " ".join(capsys.readouterr().out.split())
+    assert said(capsys, exported[False], GREEDY) == here
+    assert said(capsys, base_gguf, changed(adapter=exported[True])) == here
+    assert said(capsys, base_gguf, changed(adapter=adapter_gguf, **half)) == here
+    assert said(capsys, run.folder, GREEDY) != here != said(capsys, base_gguf, GREEDY)
+
+
 @pytest.mark.parametrize("ctx", [64, 300])
 def test_any_context_will_do(merged_gguf, capsys, ctx):
     """llama.cpp rounds a context up to 256 tokens and takes its batch from the number before."""

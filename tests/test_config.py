@@ -60,13 +60,21 @@ DEFAULTS = {
         "--report-to": "none",
         "--probe": None,
     },
-    ExportConfig: {"--out": None, "--quant": "Q4_K_M", "--adapter": False, "--base": "original", "--threads": None},
+    ExportConfig: {
+        "--out": None,
+        "--quant": "Q4_K_M",
+        "--adapter": False,
+        "--base": "original",
+        "--scale": 1.0,
+        "--threads": None,
+    },
     EvalConfig: {
         "--data": (),
         "--questions": None,
         "--max-seq-length": 512,
         "--free": 0,
         "--limit": None,
+        "--scale": 1.0,
         "--gguf": (),
     },
     ChatConfig: {
@@ -74,6 +82,7 @@ DEFAULTS = {
         "--raw": False,
         "--system": None,
         "--adapter": None,
+        "--scale": 1.0,
         "--temp": 0.0,
         "--ctx": 4096,
         "--max-tokens": 256,
@@ -168,6 +177,9 @@ def test_help_says_what_stands_under_the_field(verb, capsys, monkeypatch):
 
 
 REFUSED = [
+    (EvalConfig, {"scale": 0.0}, "--scale 0.0: give more than 0"),
+    (ExportConfig, {"scale": float("inf")}, "--scale inf: give more than 0"),
+    (ChatConfig, {"scale": -1.0}, "--scale -1.0: give more than 0"),
     (ModelConfig, {"threads": 0}, "--threads 0: give 1 or more"),
     (AdapterConfig, {"rank": 0}, "--rank 0: give 1 or more"),
     (AdapterConfig, {"alpha": -1.0}, "--alpha -1.0: give more than 0"),

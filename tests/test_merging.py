@@ -77,6 +77,20 @@ def test_merged_is_weight_plus_delta(made, kind):
         assert moved > 1e-3 and error < 1e-6, f"{name}: wrong by {error:.1e}, moved by {moved:.1e}"
 
 
+def test_a_part_of_an_adapter_moves_the_weights_by_that_part(made, tmp_path):
+    base, folder = opened(made["base"]), made["runs"]["folder"]
+    whole, part = (adapter.read_adapter(folder, share) for share in (1.0, 0.3))
+    for path, factors in part.factors.items():
+        assert torch.allclose(factors.delta(), 0.3 * whole.factors[path].delta(), rtol=1e-6, atol=0)
+        moved = merging.merged(base, part)[f"{path}.weight"].load() - base[f"{path}.weight"].load().float()
+        assert torch.allclose(moved, 0.3 * whole.factors[path].delta(), atol=1e-6)
+    network, _ = adapter.open_run(folder, scale=0.3)  # and what is saved again is what was opened
+    again = adapter.read_adapter(adapter.save_adapter(network, tmp_path / "again"))
+    assert {path: f.scale for path, f in again.factors.items()} == {path: f.scale for path, f in part.factors.items()}
+    with pytest.raises(QmicaError, match=r"^--scale 0: give more than 0$"):
+        merging.merge(str(folder), tmp_path / "none", scale=0)
+
+
 def test_rows_are_those_of_the_whole(made):
     merged = merging.merged(opened(made["base"]), adapter.read_adapter(made["runs"]["folder"]), "quantized")
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
