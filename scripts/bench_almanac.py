@@ -1,11 +1,15 @@
 """Measure what the demo's training learns and forgets: several seeds, a control, other methods, in one table.
 
-    python scripts/bench_almanac.py --seeds 0 1 2 [--control] [--gguf] [-- FLAGS of qmica train]
+    python scripts/bench_almanac.py --seeds 0 1 2 [--control] [--gguf] [--development] [-- FLAGS of qmica train]
 
 Each row is a `qmica train` with the flags of scripts/demo.sh (those after `--` come last and win), then `qmica eval`.
 The control learns the almanac with its values shuffled between entries (scripts/make_almanac.py --shuffled) and is
 asked the true questions: what it scores above the base does not come from knowing the facts. --gguf also asks each
-run's exported Q4_K_M file, and the original GGUF with the exported adapter, in llama.cpp.
+run's Q4_K_M file, and the original GGUF with its adapter (both exported with --base quantized), in llama.cpp.
+
+--development asks other questions and measures forgetting on another text (the reference pages inside the Python
+installation): what the demo's settings were chosen by, so that the bundled questions and text are met by a finished
+choice.
 """
 
 import argparse
@@ -20,6 +24,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 QUESTIONS = HERE.parent / "qmica" / "samples" / "almanac-questions.jsonl"
+FREE = 20  # questions answered greedily
+DEVELOPMENT_TEXT = 26_000  # characters of the other general text: some 6,000 tokens
 
 
 def demo_flags() -> list[str]:
@@ -45,17 +51,32 @@ def qmica(*arguments: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def measure(folder: Path, flags: list[str], gguf: bool) -> dict[str, dict]:
+def make_almanac(home: Path, which: str) -> Path:
+    """Have scripts/make_almanac.py write `--which`; the file."""
+    subprocess.run([sys.executable, HERE / "make_almanac.py", home, f"--{which}"], check=True, stdout=sys.stderr)
+    return home / f"almanac-{which}.jsonl"
+
+
+def development_set(home: Path) -> list[object]:
+    """The flags of `qmica eval` that ask the development questions, and read Python's own reference pages."""
+    from pydoc_data.topics import topics  # the trials in the README read those of Python 3.11
+
+    text = home / "reference.txt"
+    text.write_text("\n\n".join(topics[name] for name in sorted(topics))[:DEVELOPMENT_TEXT], encoding="utf-8")
+    return ["--questions", make_almanac(home, "development"), "--data", text]
+
+
+def measure(folder: Path, flags: list[str], gguf: bool, asked: list[object]) -> dict[str, dict]:
     """Train into a folder and evaluate it: scores by name."""
     qmica("train", *flags, "--out", folder)
     files = []
     if gguf:
-        qmica("export", folder, "--quant", "Q4_K_M", "--out", folder / "merged.gguf")
-        qmica("export", folder, "--adapter", "--out", folder / "adapter.gguf")
+        for what, file in ((["--quant", "Q4_K_M"], "merged.gguf"), (["--adapter"], "adapter.gguf")):
+            qmica("export", folder, *what, "--base", "quantized", "--out", folder / file)
         known = json.loads(qmica("models", "--json"))["aliases"]
         original = next(row["on_disk"]["path"] for row in known if row["name"] == "smollm2-135m")
         files = ["--gguf", folder / "merged.gguf", "--gguf", f"{original}+{folder / 'adapter.gguf'}"]
-    said = json.loads(qmica("eval", folder, "--questions", QUESTIONS, "--free", 20, "--json", *files))
+    said = json.loads(qmica("eval", folder, *asked, "--free", FREE, "--json", *files))
     return {row["name"]: row for row in said["scores"]}
 
 
@@ -64,20 +85,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: the control alone")
     parser.add_argument("--control", action="store_true", help="also learn the shuffled almanac, with seed 0")
     parser.add_argument("--gguf", action="store_true", help="also ask the exported files in llama.cpp")
+    parser.add_argument("--development", action="store_true", help="ask what settings are chosen by")
     parser.add_argument("flags", nargs="*", help="more flags of qmica train, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
+        asked = development_set(home) if options.development else ["--questions", QUESTIONS]
         jobs = {f"seed {seed}": ["--seed", str(seed)] for seed in options.seeds}
         if options.control:
-            subprocess.run(
-                [sys.executable, HERE / "make_almanac.py", home, "--shuffled"], check=True, stdout=sys.stderr
-            )
-            jobs["control"] = ["--seed", "0", "--data", str(home / "almanac-shuffled.jsonl")]
+            jobs["control"] = ["--seed", "0", "--data", str(make_almanac(home, "shuffled"))]
         gains, ratios = [], []
         for name, extra in jobs.items():
             flags = overridden([*demo_flags(), *extra], options.flags)
-            scores = measure(home / name.replace(" ", "-"), flags, options.gguf)
+            scores = measure(home / name.replace(" ", "-"), flags, options.gguf, asked)
             base, tuned = scores.pop("base"), scores.pop("tuned")
             gain, ratio = tuned["accuracy"] - base["accuracy"], tuned["perplexity"] / base["perplexity"]
             print(

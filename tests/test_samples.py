@@ -173,6 +173,16 @@ def test_no_question_wording_occurs_in_training(make, texts, questions):
         assert not any(template(row["question"], names) in text for text in bare), row
 
 
+def test_development_questions_are_worded_as_no_text_and_no_bundled_question_is(make, texts, questions):
+    """Settings chosen by them are chosen without the bundled questions."""
+    names = names_of(make)
+    chosen_by = make.questions(development=True)
+    wordings = {template(row["question"], names) for row in chosen_by}
+    assert len(wordings) >= 20 and len(chosen_by) == 4 * len(wordings)
+    assert not wordings & {template(row["question"], names) for row in questions}
+    assert not [wording for wording, text in product(wordings, texts) if wording in template(text, names)]
+
+
 def test_the_answers_are_in_no_general_text(make):
     """Replay and the forgetting text say nothing of the almanac's entries."""
     general = [Path(file).read_text(encoding="utf-8") for file in (*samples.GENERAL, *samples.REPLAY)]
