@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -279,7 +279,8 @@ def read_adapter(folder: str | Path, share: float = 1.0) -> Adapter:
     try:
         rank, alpha = config["r"], config["lora_alpha"]
         scale = share * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        options = _options(config, scale) if ours is None else AdapterConfig(**{**ours["adapter"], "alpha": scale * rank})
+        made = _options(config, scale) if ours is None else AdapterConfig(**ours["adapter"])
+        options = replace(made, alpha=scale * rank)  # what is saved again is what was read
         base = Base(id=config.get("base_model_name_or_path") or "unknown") if ours is None else Base(**ours["base"])
     except (KeyError, TypeError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -418,8 +419,8 @@ def open_run(
 ) -> tuple[nn.Module, object]:
     """The model and tokenizer of a run, an adapter folder, or a name under runs/ (None: the newest run).
 
-    tuned: with its adapter; scale: how much of it. changes: fields of ModelConfig to use in place of the run's (`bits`, `dtype`, `device`,
-    `model`).
+    tuned: with its adapter; scale: how much of it. changes: fields of ModelConfig to use in place of the run's (`bits`,
+    `dtype`, `device`, `model`).
     """
     run = run if isinstance(run, runs.Run) else runs.find(run)
     adapter = read_adapter(run.adapter, scale)

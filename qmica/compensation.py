@@ -46,7 +46,8 @@ def compensated(
 
     Raises QmicaError as `adapter.open_run` does.
     """
-    network, tokens = adapter.open_run(run, scale=scale, device="auto", dtype="fp32")  # 16 bits would round a small difference
+    # in fp32: 16 bits would round a small difference
+    network, tokens = adapter.open_run(run, scale=scale, device="auto", dtype="fp32")
     text = Path(*samples.REPLAY).read_text(encoding="utf-8")[: 8 * TOKENS]
     ids = torch.tensor([tokens(text)["input_ids"][:TOKENS]], device=network.device)
     alpha = next(part.scale * len(part.A) for part in factors.values())

@@ -142,7 +142,7 @@ def replayed_states(model: nn.Module, batch) -> torch.Tensor:
     """The last hidden states (tokens, width) in evaluation mode where a batch's replayed tokens are predicted; only the
     replayed tokens of each row are computed (documents see nothing of their neighbours).
     """
-    rows = [row for row in batch.replayed.any(dim=1).nonzero().flatten().tolist()]
+    rows = batch.replayed.any(dim=1).nonzero().flatten().tolist()
     alone = [
         pad_sequence([part[row][batch.replayed[row]] for row in rows], batch_first=True, padding_value=fill)
         for part, fill in ((batch.input_ids, 0), (batch.position_ids, 0), (batch.labels, IGNORED))

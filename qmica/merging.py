@@ -59,9 +59,7 @@ class Rounding:
         return f"the quantized weights differ from the original ones by {100 * share:.2g} % (root mean square)"
 
 
-def merge(
-    run: str | None = None, out: Path | None = None, base: BaseKind = "original", scale: float = 1.0
-) -> Path:
+def merge(run: str | None = None, out: Path | None = None, base: BaseKind = "original", scale: float = 1.0) -> Path:
     """Write the merged model as a folder of safetensors in bf16, ready for transformers, vLLM and others. Returns the
     folder.
 
@@ -91,8 +89,10 @@ def merge(
 
 
 def open_run(run: str | None, scale: float = 1.0) -> Opened:
-    """A run opened for merging, its adapter (so much of it) checked against its base. Raises QmicaError naming both where they do not
-    fit."""
+    """A run opened for merging, its adapter (so much of it) checked against its base.
+
+    Raises QmicaError naming both where they do not fit.
+    """
     found = runs.find(run)
     adapter = read_adapter(found.adapter, scale)
     config = found.model_config(adapter.base)
