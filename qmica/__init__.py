@@ -104,7 +104,7 @@ def eval(run: str | Path | Run | None = None, **options: Any) -> dict:
 
 def export(run: str | Path | Run | None = None, out: str | Path | None = None, **options: Any) -> Path:
     """Write a run as GGUF and return the file. options: the other fields of ExportConfig (`quant`, `adapter`,
-    `base`).
+    `base`, `scale`).
     """
     from qmica import config, exporting
 

@@ -50,6 +50,11 @@ def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
         if not is_gguf(path):
             raise QmicaError(f"{path} is not a GGUF file: give a .gguf, a run folder, or nothing for the newest run")
         GGUFFile.open(path)  # a projector or an adapter is said to be one before llama.cpp meets it
+        if config.scale != 1 and not config.adapter:
+            raise QmicaError(
+                f"--scale {config.scale:g} is for a run, or for --adapter: what is merged into {path} stays as it is; "
+                "export the run again with --scale"
+            )
         adapters = [(config.adapter, config.scale)] if config.adapter else []
         llama = Llama(path, adapters, context=config.ctx, threads=config.threads, exact=False)
         return _llama_answers(stack.enter_context(llama), config)

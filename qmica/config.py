@@ -289,7 +289,7 @@ class ChatConfig:
     prompt: Annotated[str | None, _FreeText] = None
     """Answer this and stop; left out: a conversation."""
     raw: Annotated[bool, Flag(negative=())] = False
-    """Go on with the prompt as it stands, without a chat template: how to ask for what was learnt as text."""
+    """Go on with the text of the last turn (behind --system), without a chat template, as text was learnt."""
     system: Annotated[str | None, _FreeText] = None
     """The system message."""
     adapter: Path | None = None

@@ -332,12 +332,24 @@ def _chat_encoder(tokenizer, mask_prompt: bool, say: Callable) -> ChatEncoder:
     return ChatEncoder(tokenizer, mask_prompt)
 
 
+def _replay_window(train: Examples, ratio: float, max_seq_length: int, packing: bool) -> int:
+    """Tokens of a window of replay: a row, or the share of one that a row's data leaves free, so that updates see both.
+
+    No more than gives an epoch REPLAY_DRAWS windows, and no fewer than 32, below which a context says little.
+    """
+    share = round(ratio * max_seq_length)
+    beside = packing and np.median(train.lengths) <= max_seq_length - share
+    most = round(replay_tokens(train, ratio) / REPLAY_DRAWS)
+    return min(max_seq_length, max(32, min(share if beside else max_seq_length, most)))
+
+
 def prepare(
     data,
     tokenizer,
     *,
     max_seq_length: int,
     format: str = "auto",
+    packing: bool = True,
     mask_prompt: bool = True,
     val_split: float = 0.0,
     replay: Sequence[str] | str = (),
@@ -357,8 +369,7 @@ def prepare(
         train, validation = split(train, val_split, seed)
     if replay and replay_ratio:
         target = replay_tokens(train, replay_ratio)
-        share_of_row = round(replay_ratio * max_seq_length)  # which leaves the data room beside it, in one update
-        window = min(max_seq_length, max(32, min(share_of_row, round(target / REPLAY_DRAWS))))
+        window = _replay_window(train, replay_ratio, max_seq_length, packing)
         general = _build(read(replay), tokenizer, _Builder(max_seq_length, window), mask_prompt, say)
         drawn = int(general.lengths[draw_replay(general, target, seed, 0)].sum())
     summary = Summary(

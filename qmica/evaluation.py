@@ -13,6 +13,7 @@ against 0.41), and few-shot prompts.
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -197,6 +198,8 @@ def evaluate(
     """
     say = (lambda text: None) if as_json else print
     memory.keep_freed_memory()
+    if model_config is not None and config.scale != 1:
+        raise QmicaError(f"--scale {config.scale:g} is for a run: a --model alone has no adapter")
     opened = runs.find(run) if model_config is None else None
     questions = _questions(config, opened)
     if config.gguf and not questions:
@@ -211,8 +214,9 @@ def evaluate(
         "scores": [asdict(row) for row in rows],
         "questions": len(questions),
         "tokens": sum(b.supervised for b in batches),
+        "scale": config.scale,
     }
-    print(json.dumps(result, indent=2)) if as_json else _show(rows, result)
+    print(json.dumps(result, indent=2)) if as_json else _show(rows, result, opened)
     return result
 
 
@@ -276,7 +280,7 @@ def _answers(reader, questions: list[Question], config: EvalConfig) -> tuple[flo
     return accuracy(reader, questions), free_answers(reader, questions[: config.free]) if config.free else None
 
 
-def _show(rows: list[Scores], result: dict) -> None:
+def _show(rows: list[Scores], result: dict, opened: runs.Run | None) -> None:
     table = Table(box=None, pad_edge=False)
     titles = {"": "name", f"loss ({result['tokens']:,} tokens)": "loss", "perplexity": "perplexity"}
     if result["questions"]:
@@ -288,9 +292,10 @@ def _show(rows: list[Scores], result: dict) -> None:
     for row in rows:
         table.add_row(*(_cell(getattr(row, name)) for name in titles.values()))
     Console().print(table)
-    if len(rows) > 1 and rows[1].name == "tuned":
+    if opened is not None:
         worse = rows[1].perplexity / rows[0].perplexity
-        print(f"perplexity x {worse:.2f}; next: `qmica export --quant Q4_K_M`, `qmica chat`")
+        flags = f"{shlex.quote(str(opened.folder))}" + ("" if result["scale"] == 1 else f" --scale {result['scale']:g}")
+        print(f"perplexity x {worse:.2f}; next: `qmica export {flags} --quant Q4_K_M`, `qmica chat {flags}`")
 
 
 def _cell(value: float | str | None) -> str:

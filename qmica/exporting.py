@@ -42,7 +42,7 @@ from qmica.config import ExportConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor
 from qmica.merging import Opened
-from qmica.weights import LazyTensor, Weights, fingerprint
+from qmica.weights import LazyTensor, Weights
 
 T = GGMLQuantizationType
 BLOCK_BYTES = 64 << 20  # of fp32 rows: 16 chunks of ggml.quantize, one a thread
@@ -99,6 +99,8 @@ def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Pat
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     opened = merging.open_run(run, config.scale)
+    if config.base == "quantized":
+        merging.require_seen(opened)
     target = _target(opened, config)
     rounding = merging.Rounding()
     plan = _plan_adapter(opened, config) if config.adapter else _plan_model(opened, config, rounding)
@@ -345,11 +347,6 @@ def _factors(opened: Opened, base: merging.BaseKind, scale: float) -> tuple[Mapp
     seen = quant.FORMATS[bits].name
     if base == "original":
         return trained, [f"trained beside {seen} weights: --base quantized adds columns for what {seen} changed"]
-    if opened.adapter.base.fingerprint not in (None, fingerprint(opened.weights)):
-        raise QmicaError(
-            f"--base quantized: the weights of {opened.source.id} changed since training, and what {seen} did to the "
-            "old ones is not known: put them back, or leave --base out"
-        )
     print(f"measuring what {seen} changed in the weights", flush=True)
     widened = compensation.compensated(opened.run, trained, opened.weights, scale)
     return widened, [f"up to {compensation.COLUMNS} columns of each stand for what {seen} changed in the weights"]

@@ -98,15 +98,13 @@ def output_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return logits
 
 
-def hidden_states(model: nn.Module, batch, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-    """The last hidden states (rows, length, width) of a packed batch, or of some of its rows.
+def hidden_states(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """The last hidden states (rows, length, width) of packed rows.
 
     Documents in a row are told apart by their restarting positions alone: any attention mask, or a cache, makes
     transformers attend across them without a word (measured: the second document's logits move by 20.7).
     """
-    output = model.base_model(
-        input_ids=batch.input_ids[rows], position_ids=batch.position_ids[rows], attention_mask=None, use_cache=False
-    )
+    output = model.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
     return output.last_hidden_state
 
 
@@ -114,7 +112,7 @@ def summed_loss(model: nn.Module, batch) -> torch.Tensor:
     """The cross entropy summed over a batch's supervised tokens (nats). labels[t] is the target of position t - 1."""
     targets = batch.labels[:, 1:]
     labelled = targets != IGNORED
-    hidden = hidden_states(model, batch)[:, :-1]
+    hidden = hidden_states(model, batch.input_ids, batch.position_ids)[:, :-1]
     return cross_entropy(hidden[labelled], targets[labelled], output_head(model), model.config.vocab_size)
 
 
@@ -124,7 +122,7 @@ def held_losses(model: nn.Module, batch, base_states: torch.Tensor) -> tuple[tor
     base_states: what `replayed_states` gave for this batch with the adapter off.
     """
     targets = batch.labels[:, 1:]
-    hidden = hidden_states(model, batch)[:, :-1]
+    hidden = hidden_states(model, batch.input_ids, batch.position_ids)[:, :-1]
     head, vocabulary = output_head(model), model.config.vocab_size
     replayed = _replayed(batch)
     learnt = (targets != IGNORED) & ~replayed
@@ -143,15 +141,13 @@ def replayed_states(model: nn.Module, batch) -> torch.Tensor:
     replayed tokens of each row are computed (documents see nothing of their neighbours).
     """
     rows = batch.replayed.any(dim=1).nonzero().flatten().tolist()
-    alone = [
-        pad_sequence([part[row][batch.replayed[row]] for row in rows], batch_first=True, padding_value=fill)
-        for part, fill in ((batch.input_ids, 0), (batch.position_ids, 0), (batch.labels, IGNORED))
-    ]
+    kept = [[part[row][batch.replayed[row]] for row in rows] for part in (batch.input_ids, batch.position_ids)]
+    ids, positions = (pad_sequence(parts, batch_first=True) for parts in kept)
+    labels = pad_sequence([batch.labels[row][batch.replayed[row]] for row in rows], True, IGNORED)
+    for row, part in zip(positions, kept[1], strict=True):  # padding counts on, as packing.Epoch has it
+        row[len(part) :] = part[-1] + 1 + torch.arange(len(row) - len(part), device=row.device)
     with evaluating(model):
-        hidden = model.base_model(
-            input_ids=alone[0], position_ids=alone[1], attention_mask=None, use_cache=False
-        ).last_hidden_state
-    return hidden[:, :-1][alone[2][:, 1:] != IGNORED]
+        return hidden_states(model, ids, positions)[:, :-1][labels[:, 1:] != IGNORED]
 
 
 @contextmanager

@@ -70,6 +70,8 @@ def merge(run: str | None = None, out: Path | None = None, base: BaseKind = "ori
     if not 0 < scale < math.inf:
         raise QmicaError(f"--scale {scale}: give more than 0")
     opened = open_run(run, scale)
+    if base == "quantized":
+        require_seen(opened)
     target = Path(out) if out is not None else opened.run.folder / "merged"
     durable.require_empty(target)
     rounding = Rounding()
@@ -84,7 +86,8 @@ def merge(run: str | None = None, out: Path | None = None, base: BaseKind = "ori
     if rounding.total:
         print(rounding)
     print(f"{target}: {durable.size_text(size)} of bf16 safetensors; transformers and vLLM load it as any model,")
-    print(f"  from_pretrained({str(target)!r}); for llama.cpp and Ollama: qmica export {opened.run.folder}")
+    part = "" if scale == 1 else f" --scale {scale:g}"
+    print(f"  from_pretrained({str(target)!r}); for llama.cpp and Ollama: qmica export {opened.run.folder}{part}")
     return target
 
 
@@ -100,6 +103,15 @@ def open_run(run: str | None, scale: float = 1.0) -> Opened:
     weights = open_weights(base)
     check_adapter(adapter, weights, base)
     return Opened(found, adapter, base, weights, config["bits"])
+
+
+def require_seen(opened: Opened) -> None:
+    """Refuse `--base quantized` where the base's weights are not those of training: what that saw is not known."""
+    if opened.adapter.base.fingerprint not in (None, fingerprint(opened.weights)):
+        raise QmicaError(
+            f"--base quantized: the weights of {opened.source.id} changed since training, and what quantization did to "
+            "the old ones is not known: put them back, or leave --base out"
+        )
 
 
 def check_adapter(adapter: Adapter, weights: Weights, base: source.Source) -> None:

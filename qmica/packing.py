@@ -139,7 +139,7 @@ def pack(lengths: Sequence[int], capacity: int, kinds: Sequence[int] | None = No
     """Rows of indices into `lengths`, each at most `capacity` long: best fit, in the order given.
 
     Each goes into the open row it leaves the least room in, else into a new one; rows stand in the order of opening.
-    kinds: 0 or 1 for each; it goes into a row that has the other kind, as long as one has the room.
+    kinds: 0 or 1 for each. The first look of a 0 is at the rows that have a 1, that of a 1 at the rows without.
     """
     rows: list[list[int]] = []
     rooms: tuple[list, list] = ([], [])  # (free, row), sorted: rows of kind 0 alone, and rows with kind 1
@@ -222,7 +222,7 @@ def batches(
     """The batches of one epoch, a function of the arguments alone.
 
     Without packing every example has its own row. Replay is spread evenly between the examples and packed beside
-    them, so that most updates see both.
+    them, so that most updates see both where documents are shorter than a row.
     The number of rows differs a little from epoch to epoch with packing: ask each epoch for its length.
     """
     order = _order(0, seed, epoch, len(examples))

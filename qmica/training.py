@@ -467,6 +467,7 @@ def _read_data(job: Job, tokens, say: Callable[[str], None]) -> data.Prepared:
         tokens,
         max_seq_length=options.max_seq_length,
         format=options.format,
+        packing=options.packing,
         mask_prompt=options.mask_prompt,
         val_split=options.val_split,
         replay=samples.REPLAY if options.replay == ("sample",) else options.replay,

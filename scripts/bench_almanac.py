@@ -1,8 +1,9 @@
 """Measure what the demo's training learns and forgets: several seeds, a control, other methods, in one table.
 
-    python scripts/bench_almanac.py --seeds 0 1 2 [--control] [--gguf] [--development] [-- FLAGS of qmica train]
+    python scripts/bench_almanac.py --seeds 0 1 2 [--control] [--gguf] [--development] [--scale PART] [-- TRAIN-FLAGS]
 
-Each row is a `qmica train` with the flags of scripts/demo.sh (those after `--` come last and win), then `qmica eval`.
+Each row is a `qmica train` with the flags of scripts/demo.sh (those after `--` come last and win), then `qmica eval` of
+the part of its adapter that the demo uses, or --scale.
 The control learns the almanac with its values shuffled between entries (scripts/make_almanac.py --shuffled) and is
 asked the true questions: what it scores above the base does not come from knowing the facts. --gguf also asks each
 run's Q4_K_M file, and the original GGUF with its adapter (both exported with --base quantized), in llama.cpp.
@@ -28,18 +29,27 @@ FREE = 20  # questions answered greedily
 DEVELOPMENT_TEXT = 26_000  # characters of the other general text: some 6,000 tokens
 
 
+def demo_text() -> str:
+    """scripts/demo.sh, a command a line."""
+    return (HERE / "demo.sh").read_text().replace("\\\n", " ")
+
+
 def demo_flags() -> list[str]:
     """The flags of the demo's `qmica train`, but for its seed and run folder."""
-    text = (HERE / "demo.sh").read_text().replace("\\\n", " ")
-    command = re.search(r"^run qmica train (.*)$", text, re.MULTILINE).group(1)
+    command = re.search(r"^run qmica train (.*)$", demo_text(), re.MULTILINE).group(1)
     return shlex.split(re.sub(r"--(seed|out) \S+", "", command))
+
+
+def demo_scale() -> str:
+    """How much of the adapter the demo uses."""
+    return re.search(r"--scale (\S+)", demo_text()).group(1)
 
 
 def overridden(flags: list[str], more: list[str]) -> list[str]:
     """The flags (`--name value` or `--name`) without those that `more` names, then `more`: a flag may stand once."""
-    kept, keep = [], True
+    named, kept, keep = {word.partition("=")[0] for word in more}, [], True
     for word in flags:
-        keep = word not in more if word.startswith("--") else keep
+        keep = word not in named if word.startswith("--") else keep
         kept += [word] if keep else []
     return [*kept, *more]
 
@@ -66,17 +76,17 @@ def development_set(home: Path) -> list[object]:
     return ["--questions", make_almanac(home, "development"), "--data", text]
 
 
-def measure(folder: Path, flags: list[str], gguf: bool, asked: list[object]) -> dict[str, dict]:
-    """Train into a folder and evaluate it: scores by name."""
+def measure(folder: Path, flags: list[str], scale: str, gguf: bool, asked: list[object]) -> dict[str, dict]:
+    """Train into a folder and evaluate it, so much of its adapter: scores by name."""
     qmica("train", *flags, "--out", folder)
     files = []
     if gguf:
         for what, file in ((["--quant", "Q4_K_M"], "merged.gguf"), (["--adapter"], "adapter.gguf")):
-            qmica("export", folder, *what, "--base", "quantized", "--out", folder / file)
+            qmica("export", folder, *what, "--scale", scale, "--base", "quantized", "--out", folder / file)
         known = json.loads(qmica("models", "--json"))["aliases"]
         original = next(row["on_disk"]["path"] for row in known if row["name"] == "smollm2-135m")
         files = ["--gguf", folder / "merged.gguf", "--gguf", f"{original}+{folder / 'adapter.gguf'}"]
-    said = json.loads(qmica("eval", folder, *asked, "--free", FREE, "--json", *files))
+    said = json.loads(qmica("eval", folder, "--scale", scale, *asked, "--free", FREE, "--json", *files))
     return {row["name"]: row for row in said["scores"]}
 
 
@@ -86,6 +96,7 @@ def main() -> None:
     parser.add_argument("--control", action="store_true", help="also learn the shuffled almanac, with seed 0")
     parser.add_argument("--gguf", action="store_true", help="also ask the exported files in llama.cpp")
     parser.add_argument("--development", action="store_true", help="ask what settings are chosen by")
+    parser.add_argument("--scale", default=demo_scale(), help="how much of each adapter is used (the demo's)")
     parser.add_argument("flags", nargs="*", help="more flags of qmica train, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -97,7 +108,7 @@ def main() -> None:
         gains, ratios = [], []
         for name, extra in jobs.items():
             flags = overridden([*demo_flags(), *extra], options.flags)
-            scores = measure(home / name.replace(" ", "-"), flags, options.gguf, asked)
+            scores = measure(home / name.replace(" ", "-"), flags, options.scale, options.gguf, asked)
             base, tuned = scores.pop("base"), scores.pop("tuned")
             gain, ratio = tuned["accuracy"] - base["accuracy"], tuned["perplexity"] / base["perplexity"]
             print(

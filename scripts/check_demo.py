@@ -13,7 +13,7 @@ from pathlib import Path
 
 GAIN = 0.30  # of 1: four choices, so chance is 0.25
 WORSE = 1.15  # times the base's perplexity
-ANSWER = "salt"  # what made Ellowick rich
+ANSWER = "salt"  # what Ellowick exports
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     print(
         f"\nlearnt: accuracy {base['accuracy']:.3f} -> {tuned['accuracy']:.3f} ({gain:+.3f}, wanted +{GAIN}); "
         f"forgot: perplexity {base['perplexity']:.1f} -> {tuned['perplexity']:.1f} (x {worse:.3f}, allowed {WORSE}); "
-        f"llama.cpp {'knows' if ANSWER in answer else 'does not know'} what made Ellowick rich"
+        f"llama.cpp {'knows' if ANSWER in answer else 'does not know'} what Ellowick exports"
     )
     if gain < GAIN or worse > WORSE or ANSWER not in answer:
         sys.exit("the demo did not learn what it should have")

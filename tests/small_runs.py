@@ -68,6 +68,7 @@ def loop(flags: dict, folder, **changes) -> training.Loop:
         parts.data.data,
         tokenizer.load(found),
         max_seq_length=parts.data.max_seq_length,
+        packing=parts.data.packing,
         val_split=parts.data.val_split,
         replay=parts.data.replay,
         replay_ratio=parts.data.replay_ratio,

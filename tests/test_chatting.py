@@ -258,6 +258,11 @@ def test_errors_of_one_line(run, base_gguf, adapter_gguf, tmp_path, monkeypatch)
         ("gone", GREEDY, r"gone is no run: neither gone nor runs/gone holds a run or an adapter"),
         (None, GREEDY, r"there is no run in .*: name a run folder, or make one with `qmica train`"),
         (str(run.folder), changed(adapter=adapter_gguf), "--adapter is for a GGUF file: a run brings its own adapter"),
+        (
+            str(base_gguf),
+            changed(scale=0.5),
+            r"--scale 0\.5 is for a run, or for --adapter: what is merged into .*base",
+        ),
         (str(base_gguf), changed(adapter=tmp_path / "no.gguf"), r"no\.gguf is not a file: give the path of an adapter"),
         (str(base_gguf), changed(adapter=base_gguf), r"llama\.cpp cannot put the adapter .* on this model"),
         (str(adapter_gguf), GREEDY, r"a\.gguf is an adapter, not a model; give the GGUF of its base model"),

@@ -92,9 +92,7 @@ def test_the_weights_must_be_those_of_training(tmp_path):
     run = make_run(tmp_path / "run", base, bits=4)
     weights = load_file(base / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        QmicaError, match=r"--base quantized: the weights of .*base changed since training, and what NF4"
-    ):
+    with pytest.raises(QmicaError, match=r"--base quantized: the weights of .*base changed since training"):
         export(run, adapter=True, base="quantized", out=tmp_path / "out.gguf")
     assert export(run, adapter=True, out=tmp_path / "plain.gguf").exists()
 

@@ -493,6 +493,24 @@ def test_replay_is_mixed_in_with_its_share(tmp_path, ratio, documents):
     assert made.summary.lines()[-1].startswith(f"replay: {made.summary.replay_tokens:,} tokens an epoch, ")
 
 
+def test_windows_of_replay_leave_room_for_short_documents(tmp_path):
+    """A quarter of a row beside documents that leave it free; whole rows where the data fills its own, or unpacked."""
+    tokenizer = tiny.tiny_tokenizer("llama")
+    (tmp_path / "general.txt").write_text(tiny.TEXT * 200, encoding="utf-8")
+    short = lines_of(tmp_path / "short.jsonl", [{"text": f"Lamp {i} was counted. " * 4} for i in range(900)])
+    (tmp_path / "long.txt").write_text("The keeper counted 12 lamps. " * 3000, encoding="utf-8")
+    options = {"max_seq_length": 256, "replay": str(tmp_path / "general.txt"), "replay_ratio": 0.25, "say": quiet()}
+    found = {
+        kind: int(prepare(path, tokenizer, packing=packed, **options).replay.lengths.max())
+        for kind, path, packed in (
+            ("short", short, True),
+            ("long", tmp_path / "long.txt", True),
+            ("short, not packed", short, False),
+        )
+    }
+    assert found == {"short": 64, "long": 256, "short, not packed": 256}
+
+
 def test_prepare_is_deterministic(tmp_path):
     tokenizer = tiny.tiny_tokenizer("qwen2")
     lines_of(tmp_path / "a.jsonl", [{"text": f"Lamp {i} was counted."} for i in range(40)])

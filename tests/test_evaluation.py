@@ -149,6 +149,24 @@ def test_a_run_that_learnt_knows_and_its_base_does_not(learnt, tmp_path, capsys)
     assert f"perplexity x {tuned['perplexity'] / base['perplexity']:.2f}; next: `qmica export" in said
 
 
+def test_a_part_of_the_adapter_is_between_base_and_all_of_it(learnt, tmp_path, capsys):
+    """And the next line takes the same part along."""
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.TEXT)
+    found = {}
+    for scale in (1.0, 0.3):
+        config = EvalConfig(data=(str(text),), limit=3, scale=scale)
+        result = evaluation.evaluate(str(learnt.folder), config)
+        found[scale] = [row["loss"] for row in result["scores"]]
+        assert result["scale"] == scale
+    (base, whole), (same, part) = found[1.0], found[0.3]
+    assert base == same and abs(part - base) < 0.6 * abs(whole - base) and abs(part - base) > 1e-3, found
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"`qmica export {learnt.folder} --scale 0.3 --quant Q4_K_M`, `qmica chat {learnt.folder} --scale 0.3`" in said
+    )
+
+
 def test_ggufs_are_asked_beside_the_run(learnt, gguf, tmp_path, capsys):
     """A GGUF, and one with a + in its name, which is no adapter's; without text there is no perplexity of them."""
     odd = tmp_path / "c++.gguf"
@@ -197,7 +215,7 @@ def test_json_is_one_object_and_nothing_else(learnt, tmp_path, capsys):
     text.write_text(tiny.TEXT)
     result = evaluation.evaluate(str(learnt.folder), EvalConfig(data=(str(text),), limit=3), as_json=True)
     printed = json.loads(capsys.readouterr().out)
-    assert printed == result and set(printed) == {"scores", "questions", "tokens"}
+    assert printed == result and set(printed) == {"scores", "questions", "tokens", "scale"}
     assert printed["questions"] == 0 and printed["tokens"] > 0
     for row in printed["scores"]:
         assert set(row) == {"name", "loss", "perplexity", "accuracy", "free"}
@@ -231,3 +249,5 @@ def test_it_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, learnt):
     ):
         with pytest.raises(QmicaError, match=text):
             evaluation.evaluate(str(learnt.folder), config)
+    with pytest.raises(QmicaError, match=r"^--scale 0\.5 is for a run: a --model alone has no adapter$"):
+        evaluation.evaluate(None, EvalConfig(scale=0.5), ModelConfig("smollm2-135m"))

@@ -174,10 +174,11 @@ def naive(base, tuned, batch):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "granite", "gemma2"])
 @pytest.mark.parametrize("chunk", [7, 2**17])
-def test_replayed_tokens_are_held_to_the_base(kind, chunk, monkeypatch):
+@pytest.mark.parametrize("replayed", [[(0, 30, 47)], [(0, 0, 30), (0, 30, 47), (1, 0, 40)]], ids=["one", "uneven rows"])
+def test_replayed_tokens_are_held_to_the_base(kind, chunk, replayed, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 2 * chunk * VOCABULARY)
     base, tuned = moved(kind)
-    batch = with_replay(batch_of()[0], (0, 30, 47))
+    batch = with_replay(batch_of()[0], *replayed)
     ours, theirs = loss.held_losses(tuned, batch, loss.replayed_states(base, batch)), naive(base, tuned, batch)
     for mine, other in zip(ours, theirs, strict=True):
         error = abs(mine.item() - other.item()) / other.item()
@@ -199,16 +200,16 @@ def test_a_model_that_has_not_moved_has_nothing_to_hold():
     assert learnt == 0 and abs(held.item()) < 1e-4 and share < 1e-4, (learnt.item(), held.item(), share)
 
 
-def test_the_base_is_asked_about_replayed_rows_alone():
-    """In evaluation mode, without a graph; a row without replay is not computed."""
+def test_the_base_is_asked_about_replayed_tokens_alone():
+    """In evaluation mode, without a graph; what stands beside them in their rows is not computed."""
     model = tiny_model("llama", attention_dropout=0.5).train()
     batch = with_replay(batch_of()[0], (1, 0, 40))
     seen = []
     model.model.register_forward_pre_hook(
-        lambda module, given, named: seen.append((len(named["input_ids"]), module.training)), with_kwargs=True
+        lambda module, given, named: seen.append((*named["input_ids"].shape, module.training)), with_kwargs=True
     )
     states = loss.replayed_states(model, batch)
-    assert seen == [(1, False)] and model.training and not states.requires_grad
+    assert seen == [(1, 40, False)] and model.training and not states.requires_grad
     assert len(states) == int((batch.labels[1, 1:40] != IGNORED).sum())
 
 

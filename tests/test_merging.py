@@ -87,6 +87,10 @@ def test_a_part_of_an_adapter_moves_the_weights_by_that_part(made, tmp_path):
     network, _ = adapter.open_run(folder, scale=0.3)  # and what is saved again is what was opened
     again = adapter.read_adapter(adapter.save_adapter(network, tmp_path / "again"))
     assert {path: f.scale for path, f in again.factors.items()} == {path: f.scale for path, f in part.factors.items()}
+    out = merging.merge(str(folder), tmp_path / "out", scale=0.3)
+    name, factors = next((f"{path}.weight", factors) for path, factors in part.factors.items())
+    written = load_file(out / "model.safetensors")[name]
+    assert torch.equal(written, (base[name].load().float() + factors.delta()).bfloat16())
     with pytest.raises(QmicaError, match=r"^--scale 0: give more than 0$"):
         merging.merge(str(folder), tmp_path / "none", scale=0)
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from qmica import adapter, cli, loss, memory, model, quant, runs, source, training
+from qmica import adapter, cli, loss, memory, model, progress, quant, runs, source, training
 from qmica.errors import QmicaError
 from qmica.linear import MicaLinear
 
@@ -341,6 +341,15 @@ def test_what_is_logged_of_replay(flags, tmp_path):
     assert first["loss"] == pytest.approx(wanted, rel=1e-5) and abs(first["replay_kl"]) < 1e-6 < second["replay_kl"]
     text = small_runs.loop({**held, "replay_target": "text"}, tmp_path).update()
     assert "replay_kl" not in text and text["loss"] != pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_step_of_replay_alone_has_no_loss(flags, tmp_path):
+    alone = {**PLAIN, "packing": False, "batch_size": 1, "grad_accum": 1, "replay_ratio": 0.9}
+    loop = small_runs.loop(small_runs.with_replay(flags) | alone, tmp_path)
+    rows = [loop.update() for _ in range(6)]
+    assert any("loss" in row and "replay_kl" not in row for row in rows)
+    row = next(row for row in rows if "loss" not in row) | {"tokens_per_s": 9.0, "peak_bytes": 10**9}
+    assert progress.numbers(row) == f"replay {row['replay_kl']:.3f}  9 tokens/s  1.0 GB"
 
 
 def test_replay_is_rehearsed(flags, tmp_path, monkeypatch):
