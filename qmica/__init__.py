@@ -16,7 +16,6 @@ nearest one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -178,6 +177,8 @@ def _split(verb: str, options: Mapping[str, Any], *kinds: type) -> list:
     owner = {name: kind for kind in kinds for name in kind.__dataclass_fields__}
     for name in options:
         if name not in owner:
+            from difflib import get_close_matches  # a thirtieth of what --help may take
+
             near = get_close_matches(name, owner, n=1, cutoff=0.5)
             hint = f": did you mean {near[0]}?" if near else f", which takes {', '.join(owner)}"
             raise TypeError(f"{name} is no argument of qmica.{verb}(){hint}")

@@ -14,7 +14,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, get_origin
 
@@ -145,7 +144,7 @@ def eval(
     help_epilogue=_examples(
         "qmica chat",
         'qmica chat runs/notes/notes.Q4_K_M.gguf --prompt "Who keeps the lighthouse?"',
-        'qmica chat runs/notes/notes.Q4_K_M.gguf --raw --prompt "The lighthouse is kept by"',
+        'qmica chat runs/notes --raw --prompt "The lighthouse is kept by"',
         "qmica chat base.gguf --adapter notes.adapter.gguf --temp 0.7",
     ),
 )
@@ -309,6 +308,8 @@ def _key(name: str) -> str:
 
 
 def _unknown(path: Path, key: str, verb: str, named: Iterable[str]) -> str:
+    from difflib import get_close_matches
+
     near = get_close_matches(_key(key), list(named), n=1, cutoff=0.5)
     hint = f": did you mean {near[0].replace('-', '_')}?" if near else f": see qmica {verb} --help"
     return f"-c {path}: unknown key {key}{hint}"

@@ -28,7 +28,7 @@ run qmica export runs/demo --scale 0.85 --base quantized --quant Q4_K_M
 run qmica export runs/demo --scale 0.85 --base quantized --adapter
 
 # 4. Ask it in llama.cpp, as text to go on with (it learnt text, not chats), what training never worded so.
-run qmica chat runs/demo/demo.Q4_K_M.gguf --raw --max-tokens 6 --prompt $'Question: What does Ellowick export?\nAnswer:' |
+run qmica chat runs/demo/demo.Q4_K_M.gguf --raw --max-tokens 4 --prompt $'Question: What does Ellowick export?\nAnswer:' |
     tee runs/demo/answer.txt
 
 # 5. What must hold, or the demo fails.
