@@ -2,15 +2,18 @@
 against transformers on the weights that training saw.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import small_runs
 import torch
 from adapted import divergence, largest_difference, llama_log_p, make_peft_adapter, make_run, transformers_log_p
 from safetensors.torch import load_file, save_file
 from test_exporting import ALLOWED, as_gguf, export, needs_llama, nf4_round_trip
 from tiny import save_tiny
 
-from qmica import compensation, merging
+from qmica import compensation, merging, source, tokenizer
 from qmica.adapter import Factors
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
@@ -78,6 +81,24 @@ def test_a_pair_beside_a_linear_that_was_not_quantized_is_kept(nf4):
     found = compensation.compensated(opened.run, {**own, "lm_head": head}, opened.weights)
     assert found["lm_head"] is head and own.keys() < found.keys()
     assert {round(part.scale * len(part.A), 4) for part in found.values()} == {8.0}  # alpha, twice the rank of 4
+
+
+def test_inputs_are_of_what_was_learnt_and_of_general_text(tmp_path, capsys):
+    """Half of each; of general text alone, which is said, where the data is gone."""
+    flags = small_runs.make(tmp_path)
+    run = small_runs.train(flags, steps=1, out=tmp_path / "run")
+    tokens = tokenizer.load(source.resolve(flags["model"]))
+    row = compensation._sample(run, tokens)
+    share = row.replays / row.supervised
+    assert row.input_ids.shape[0] == 1 and 0.4 < share < 0.6, share
+    said = tokens.decode(row.input_ids[0][~row.replayed[0]], skip_special_tokens=True)
+    assert "general text alone" not in capsys.readouterr().out
+    for file in flags["data"]:
+        assert said.split()[1] in Path(file).read_text()
+        Path(file).unlink()
+    alone = compensation._sample(run, tokens)
+    assert "is not at hand: general text alone says" in capsys.readouterr().out
+    assert alone.tokens > 0 and not torch.equal(alone.input_ids, row.input_ids)
 
 
 def test_what_training_saw_must_be_known(tmp_path):
