@@ -107,7 +107,7 @@ def open_run(run: str | None, scale: float = 1.0) -> Opened:
 
 def require_seen(opened: Opened) -> None:
     """Refuse `--base quantized` where the base's weights are not those of training: what that saw is not known."""
-    if opened.adapter.base.fingerprint not in (None, fingerprint(opened.weights)):
+    if opened.bits < 16 and opened.adapter.base.fingerprint not in (None, fingerprint(opened.weights)):
         raise QmicaError(
             f"--base quantized: the weights of {opened.source.id} changed since training, and what quantization did to "
             "the old ones is not known: put them back, or leave --base out"

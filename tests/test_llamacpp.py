@@ -456,10 +456,15 @@ def test_texts_that_do_not_fit(path):
         assert llama.logits([1, 2]).shape == (2, len(TOKENS))
 
 
-def test_close_may_be_called_twice(path):
+def test_close_frees_once(path):
+    """Model and context are freed by the first call; freeing them again would be a crash."""
     llama = Llama(path, threads=1)
+    finalizer = llama._finalizer
+    assert finalizer.alive
     llama.close()
+    assert not finalizer.alive
     llama.close()
+    assert finalizer.peek() is None  # nothing left that a third call, or the end of the process, could free
 
 
 def test_without_xllamacpp(monkeypatch, path):
