@@ -330,6 +330,7 @@ def test_a_bug_keeps_its_traceback(trained, monkeypatch, capsys):
     monkeypatch.setattr(exporting, "write", broken)
     assert cli.main(["export", str(trained), "--out", "planted.gguf"]) == 70
     errors = capsys.readouterr().err
+    print(f"exit status 70\n{errors}")
     assert "Traceback (most recent call last)" in errors and "in broken" in errors and "ValueError: planted" in errors
     assert errors.splitlines()[-1].startswith("qmica: this is a bug in qmica: please report it")
     assert not list(Path().glob("*planted*")), "a half-written file is left"

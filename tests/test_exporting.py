@@ -214,6 +214,7 @@ def test_the_printed_table_at_width_512(wide, tmp_path, capsys):
     _, run, _ = wide
     export(run, quant="Q4_K_M", out=tmp_path / "model.gguf")
     said = capsys.readouterr().out
+    print(said)
     rows = dict(re.findall(r"^(\w+) +(\d+) +[\d.]+ [kM]?B", said, re.MULTILINE))
     assert rows == {"F32": "5", "Q4_K": "13", "Q6_K": "3"}
     down, v, head = 512 * 768, 256 * 512, 448 * 512
