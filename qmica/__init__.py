@@ -34,6 +34,7 @@ __all__ = [
     "chat",
     "eval",
     "export",
+    "inspect",
     "load",
     "load_adapter",
     "merge",
@@ -134,6 +135,18 @@ def chat(target: str | Path | Run | None = None, **options: Any) -> None:
 
     (plan,) = _split("chat", options, config.ChatConfig)
     chatting.chat(_name(target), plan)
+
+
+def inspect(model: str | Path | None = None, **options: Any) -> dict:
+    """Singular values, minor subspaces and what quantization does to them; the numbers of `qmica inspect --json`.
+
+    model: as for `qmica inspect`, None is its default. options: the fields of InspectConfig (`rank`, `targets`, `bits`,
+    `plot`, ...).
+    """
+    from qmica import config, spectra
+
+    (plan,) = _split("inspect", options, config.InspectConfig)
+    return spectra.inspect(config.ModelConfig().model if model is None else str(model), plan, False)
 
 
 # ---- pieces

@@ -1,10 +1,11 @@
 """Attach, save, load and open adapters: PEFT's pair of files plus qmica.json.
 
 How: `attach` wraps each chosen linear in a `MicaLinear`, its B computed from the weight as it is stored (dequantized
-for that moment). An adapter on disk is a plain LoRA to everyone who reads PEFT's format: `adapter_config.json` says
-`"init_lora_weights": true`, because with `"mica"` PEFT would compute an SVD for every layer and fail on 4- and 8-bit
-weights. That it is MiCA, and on which base, stands in `qmica.json` beside it. B is read back, never recomputed:
-singular vectors of the small end are not reproducible across machines.
+by rows for that moment) or from the model's files, and kept in the store for the next time. An adapter on disk is a
+plain LoRA to everyone who reads PEFT's format: `adapter_config.json` says `"init_lora_weights": true`, because with
+`"mica"` PEFT would compute an SVD for every layer and fail on 4- and 8-bit weights. That it is MiCA, and on which base,
+stands in `qmica.json` beside it. B is read back, never recomputed: singular vectors of the small end are not
+reproducible across machines.
 
 What it gives up: DoRA, per-layer ranks and extra trained modules of PEFT adapters are refused by name.
 """
@@ -24,11 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qmica import durable, quant, runs, source, subspace, targets, tokenizer
+from qmica import bases, durable, quant, runs, source, subspace, targets, tokenizer
 from qmica.config import AdapterConfig, ModelConfig
 from qmica.errors import QmicaError
 from qmica.linear import MicaLinear
 from qmica.model import Base, load
+from qmica.weights import open_weights
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +116,8 @@ def attach(
     chosen = choose(model, options)
     _freeze(model)
     generator = torch.Generator().manual_seed(seed)
-    adapted = {}
-    for done, name in enumerate(chosen, start=1):
-        adapted[name] = _adapted(name, model.get_submodule(name), options, generator)
-        progress(done, len(chosen))
+    found = _bases(model, chosen, options, progress)
+    adapted = {name: _adapted(model.get_submodule(name), options, found, name, generator) for name in chosen}
     for name, layer in adapted.items():  # only now: where a weight is damaged, the model is still bare
         model.set_submodule(name, layer)
     return _wire(model, options)
@@ -130,18 +130,9 @@ def choose(model: nn.Module, options: AdapterConfig) -> list[str]:
     linears = _linears(model)
     chosen = targets.select(list(linears), options.targets)
     for name in chosen if options.method == "mica" else ():
-        with _named(name):
+        with bases.named(name):
             subspace.require_rank(options.rank, linears[name].out_features, linears[name].in_features)
     return chosen
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """A QmicaError inside says which layer it is about."""
-    try:
-        yield
-    except QmicaError as error:
-        raise QmicaError(f"{name}: {error}") from error
 
 
 def _require_bare(model: nn.Module) -> None:
@@ -161,18 +152,49 @@ def _freeze(model: nn.Module) -> None:
         quant.freeze(module)
 
 
-def _adapted(name: str, linear: nn.Module, options: AdapterConfig, generator: torch.Generator) -> MicaLinear:
+def _bases(model: nn.Module, chosen: list[str], options: AdapterConfig, progress: Callable) -> bases.Bases | None:
+    """The singular vectors that the options ask for; None where they ask for none."""
+    if options.method == "lora" or options.components == "random":
+        return None
+    weights = _originals(model, chosen) if options.subspace_from == "original" else _stored_weights(model, chosen)
+    model.qmica_bases = bases.find(weights, options.rank, options.components, model.device, progress)
+    return model.qmica_bases
+
+
+def _stored_weights(model: nn.Module, chosen: list[str]) -> dict[str, bases.Weight]:
+    return {name: quant.Stored.of(model.get_submodule(name)) for name in chosen}
+
+
+def _originals(model: nn.Module, chosen: list[str]) -> dict[str, bases.Weight]:
+    """The weights as the model's files hold them, read when they are asked for. Raises QmicaError where there are
+    none.
+    """
+    found = getattr(model, "qmica_source", None)
+    if found is None:
+        raise QmicaError("--subspace-from original needs the model's files: load the model with qmica.load")
+    original = open_weights(found)
+    packed = [name for name in chosen if f"{name}.weight" in original.packed]
+    if packed:
+        raise QmicaError(
+            f"--subspace-from original: {found.name} was quantized by bitsandbytes ({packed[0]} and {len(packed) - 1} "
+            "more) and has no original weights: leave it out, or give the model that it was made from"
+        )
+    return {name: original[f"{name}.weight"] for name in chosen}
+
+
+def _adapted(
+    linear: nn.Module, options: AdapterConfig, found: bases.Bases | None, name: str, generator: torch.Generator
+) -> MicaLinear:
     """The linear with a fresh adapter, which changes nothing yet."""
     if options.method == "lora":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
             return MicaLinear.lora(linear, options.rank, options.scaling_alpha, options.dropout)
-    with _named(name):
-        weight = quant.dequantize(linear)
-        if options.components == "random":
-            B = subspace.random_subspace(weight, options.rank, generator)
-        else:
-            B = subspace.components(weight, options.rank, options.components)
+    if found is None:
+        with bases.named(name):
+            B = subspace.random_subspace(quant.Stored.of(linear), options.rank, generator).to(linear.weight.device)
+    else:
+        B = found.B[name]
     return MicaLinear.from_base(linear, B, options.scaling_alpha, options.dropout)
 
 
@@ -254,7 +276,6 @@ def _qmica_json(model: nn.Module) -> dict:
     return {
         "adapter": asdict(model.qmica_adapter),
         "base": asdict(base_of(model)),
-        "subspace_from": "quantized",
         "versions": {package: version(package) for package in VERSIONED},
     }
 

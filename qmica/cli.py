@@ -19,7 +19,16 @@ from typing import Annotated, Literal, get_origin
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token, UnusedCliTokensError
 
-from qmica.config import AdapterConfig, ChatConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, TrainingConfig
+from qmica.config import (
+    AdapterConfig,
+    ChatConfig,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    InspectConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from qmica.errors import QmicaError
 
 DONE, FIXABLE, USAGE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
@@ -36,7 +45,7 @@ ConfigFile = Annotated[
 
 # frozen, so that one of each can be the default of every call
 _MODEL, _ADAPTER, _DATA, _TRAINING = ModelConfig(), AdapterConfig(), DataConfig(), TrainingConfig()
-_EVAL, _EXPORT, _CHAT = EvalConfig(), ExportConfig(), ChatConfig()
+_EVAL, _EXPORT, _CHAT, _INSPECT = EvalConfig(), ExportConfig(), ChatConfig(), InspectConfig()
 
 
 def _version() -> str:
@@ -47,7 +56,9 @@ def _version() -> str:
 
 def _shown(default: object) -> str | None:
     """A default as --help says it; what being left out means is said in words."""
-    return None if default in (None, ()) else str(default)
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or None
+    return None if default is None else str(default)
 
 
 def _examples(*lines: str) -> str:
@@ -223,7 +234,37 @@ def export(
     exporting.export(run, config)
 
 
-@app.command(sort_key=6, help_epilogue=_examples("qmica models", "qmica models --json"))
+@app.command(
+    sort_key=6,
+    help_epilogue=_examples(
+        "qmica inspect",
+        "qmica inspect 7b --targets attn --bits 4 --rank 32",
+        "qmica inspect model.Q8_0.gguf --plot pictures --json",
+    ),
+)
+def inspect(
+    model: Annotated[str, Parameter(name="MODEL")] = _MODEL.model,
+    /,
+    *,
+    config: InspectConfig = _INSPECT,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Show how small the minor singular values of a model's weights are, and where quantization moves their subspaces.
+
+    Parameters
+    ----------
+    model: str
+        An alias (see `qmica models`), a hub id, a folder of safetensors, or a GGUF file.
+    as_json: bool
+        Print the numbers as JSON.
+    """
+    from qmica import spectra
+
+    spectra.inspect(model, config, as_json)
+
+
+@app.command(sort_key=7, help_epilogue=_examples("qmica models", "qmica models --json"))
 def models(*, as_json: Json = False) -> None:
     """List the models that have a short name, and what is on this disk.
 
@@ -238,7 +279,7 @@ def models(*, as_json: Json = False) -> None:
     print(json.dumps(found, indent=2)) if as_json else inventory.show(found)
 
 
-@app.command(sort_key=7, help_epilogue=_examples("qmica doctor", "qmica doctor --json"))
+@app.command(sort_key=8, help_epilogue=_examples("qmica doctor", "qmica doctor --json"))
 def doctor(*, as_json: Json = False) -> None:
     """Say what this machine can do: versions, devices, memory, and whether each engine really works.
 

@@ -70,6 +70,8 @@ class AdapterConfig:
     """mica trains A beside a frozen B of singular vectors; lora trains both, for comparison."""
     components: Literal["minor", "major", "random"] = "minor"
     """Which left singular vectors B holds; major and random are for comparison."""
+    subspace_from: Literal["quantized", "original"] = "quantized"
+    """The weights that B is computed from: as they are held (--bits), or the model's own before that."""
 
     def __post_init__(self):
         _require(
@@ -79,6 +81,11 @@ class AdapterConfig:
             (
                 self.method == "mica" or self.components == "minor",
                 f"--components {self.components}: --method lora has no singular vectors, leave one of the two out",
+            ),
+            (
+                self.subspace_from == "quantized" or (self.method == "mica" and self.components != "random"),
+                f"--subspace-from {self.subspace_from}: there is no subspace to compute with --method {self.method} "
+                f"--components {self.components}, leave it out",
             ),
         )
 
@@ -313,5 +320,38 @@ class ChatConfig:
             (0 <= self.temp < inf, f"--temp {self.temp}: give 0 or more"),
             (self.ctx > 0, f"--ctx {self.ctx}: give 1 or more"),
             (self.max_tokens > 0, f"--max-tokens {self.max_tokens}: give 1 or more"),
+            (self.threads is None or self.threads > 0, f"--threads {self.threads}: give 1 or more"),
+        )
+
+
+@Parameter(name="*", group=Group("Inspection", sort_key=0))
+@dataclass(frozen=True)
+class InspectConfig:
+    """What is asked of a model's weights."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    rank: Annotated[int, Flag(name=("--rank", "-r"))] = 16
+    """How many of the smallest singular values count as minor."""
+    targets: str = "all"
+    """Which linears: qv, attn, mlp, all, or names (q_proj,down_proj)."""
+    bits: Annotated[tuple[Literal[4, 8], ...], Flag(consume_multiple=True)] = (4, 8)
+    """Formats whose minor subspaces are compared with the original's: 4 = NF4, 8 = int8."""
+    plot: Path | None = None
+    """A folder for spectra.png and overlap.png; left out: no pictures."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto: CUDA where there is one."""
+    threads: int | None = None
+    """CPU threads; left out: all cores."""
+
+    def __post_init__(self):
+        bits = (self.bits,) if isinstance(self.bits, int) else dict.fromkeys(self.bits)
+        object.__setattr__(self, "bits", tuple(bits))
+        _require(
+            (self.rank > 0, f"--rank {self.rank}: give 1 or more"),
+            (
+                bool(self.bits) and set(self.bits) <= {4, 8},
+                f"--bits {' '.join(map(str, self.bits))}: choose 4, 8 or both",
+            ),
             (self.threads is None or self.threads > 0, f"--threads {self.threads}: give 1 or more"),
         )

@@ -118,6 +118,7 @@ def load(
             quant.freeze(module)  # a tied head has no tensor of its own
     model.generation_config = _generation_config(source, config)
     model.name_or_path = source.id
+    model.qmica_source = source  # where the weights are before they were quantized
     stored = quant.stored_bits(model)
     model.qmica_base = Base(source.id, source.revision, stored, fingerprint(weights), shapes_fingerprint(weights))
     return model.requires_grad_(False).eval()

@@ -16,34 +16,49 @@ from qmica.durable import size_text
 LINES = 20  # plain lines a run
 
 Show = Callable[[dict], None]
+Tell = Callable[[int, str, bool], None]  # how many are done, what to say of it, whether a plain line must say it
 
 
 @contextmanager
 def shown(total: int, done: int = 0, wanted: bool = True) -> Iterator[Show]:
     """A function that shows a row of metrics.jsonl each step. wanted: False in processes that are not the first."""
-    console = Console()
     if not wanted:
         yield lambda row: None
-    elif console.is_terminal:
-        columns = (BarColumn(), TextColumn("{task.completed}/{task.total}  {task.description}"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task("", total=total, completed=done)
-            yield lambda row: bar.update(task, completed=row["step"], description=numbers(row))
-    else:
-        yield _plain(total, done)
+        return
+    with _told(Console(), "step", total, done) as tell:
+        yield lambda row: tell(row["step"], numbers(row), "val_loss" in row)
 
 
-def _plain(total: int, done: int) -> Show:
-    """Prints about LINES lines, and every validation."""
+@contextmanager
+def counted(total: int, part: str) -> Iterator[Callable[[int, str], None]]:
+    """A function that shows on stderr how many of `total` parts ("layer") are done and the last one's name: stdout is
+    for what the job finds.
+    """
+    with _told(Console(stderr=True), part, total, 0) as tell:
+        yield lambda done, name: tell(done, name, False)
+
+
+@contextmanager
+def _told(console: Console, part: str, total: int, done: int) -> Iterator[Tell]:
+    if not console.is_terminal:
+        yield _plain(console, part, total, done)
+        return
+    columns = (BarColumn(), TextColumn("{task.completed}/{task.total}  {task.description}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda at, text, _: bar.update(task, completed=at, description=text)
+
+
+def _plain(console: Console, part: str, total: int, done: int) -> Tell:
+    """Prints about LINES lines, and every one that must be said."""
     every, began = max(1, math.ceil((total - done) / LINES)), time.perf_counter()
 
-    def show(row: dict) -> None:
-        step = row["step"]
-        if step % every == 0 or step in (done + 1, total) or "val_loss" in row:
-            left = (time.perf_counter() - began) / (step - done) * (total - step)
-            print(f"step {step}/{total}  {numbers(row)}  {duration(left)} left", flush=True)
+    def tell(at: int, text: str, must: bool) -> None:
+        if at % every == 0 or at in (done + 1, total) or must:
+            left = (time.perf_counter() - began) / (at - done) * (total - at)
+            print(f"{part} {at}/{total}  {text}  {duration(left)} left", file=console.file, flush=True)
 
-    return show
+    return tell
 
 
 def numbers(row: dict) -> str:

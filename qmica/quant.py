@@ -29,6 +29,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns ab
 
 import bitsandbytes as bnb  # noqa: E402
 
+from qmica import store  # noqa: E402
 from qmica.errors import QmicaError  # noqa: E402
 
 
@@ -48,8 +49,8 @@ class FrozenMatmul(torch.autograd.Function):
 class FrozenLinear:
     """What a frozen linear adds to its storage class. x: (..., in) -> (..., out); x's dtype is the compute dtype.
 
-    A format defines `dequantize(dtype) -> (out, in)`, and `matmul` where it has something better than dequantize and
-    multiply.
+    A format defines `dequantize(dtype) -> (out, in)`, `rows(start, stop) -> (stop - start, in)` of the same in fp32,
+    `stored()`, the tensors that hold it, and `matmul` where it has something better than dequantize and multiply.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,13 +69,54 @@ class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
         state.dtype = dtype  # the kernel writes this dtype; a cast afterwards would round twice
         return bnb.functional.dequantize_4bit(self.weight.data, state)
 
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Whole blocks of scales around the rows are read, as rows need not begin where a block does."""
+        state, columns, count = self.weight.quant_state, self.in_features, self.in_features * self.out_features
+        unit = state.blocksize * (state.state2.blocksize if state.nested else 1)
+        begin, end = start * columns // unit * unit, min(-(-stop * columns // unit) * unit, count)
+        part = bnb.functional.QuantState(
+            absmax=_scales(state, begin // state.blocksize, -(-end // state.blocksize)),
+            shape=torch.Size((end - begin,)),
+            dtype=torch.float32,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            code=state.code,
+        )
+        codes = self.weight.data.reshape(-1).view(torch.uint8)[begin // 2 : -(-end // 2)].unsqueeze(1)
+        flat = bnb.functional.dequantize_4bit(codes, part).reshape(-1)
+        return flat[start * columns - begin : stop * columns - begin].view(stop - start, columns)
+
+    def stored(self) -> list[torch.Tensor]:
+        state = self.weight.quant_state
+        nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+        return [self.weight.data, state.absmax, state.code, *nested]
+
+
+def _scales(state, first: int, last: int) -> torch.Tensor:
+    """The fp32 scales of blocks first to last; of nested ones, first is where a block of scales begins."""
+    if not state.nested:
+        return state.absmax[first:last]
+    nested = state.state2
+    absmax = nested.absmax[first // nested.blocksize : -(-last // nested.blocksize)]
+    inner = bnb.functional.QuantState(absmax=absmax, code=nested.code, blocksize=nested.blocksize, dtype=torch.float32)
+    return bnb.functional.dequantize_blockwise(state.absmax[first:last], inner) + state.offset
+
 
 class Int8Linear(FrozenLinear, bnb.nn.Linear8bitLt):
     """A `Linear8bitLt`: int8 rows beside one fp32 absolute maximum a row."""
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        scales = (self.weight.SCB * (1.0 / 127.0)).to(dtype)
-        return self.weight.data.to(dtype).mul_(scales.unsqueeze(1))
+        return self._rows(slice(None), dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self._rows(slice(start, stop), torch.float32)
+
+    def _rows(self, place: slice, dtype: torch.dtype) -> torch.Tensor:
+        scales = (self.weight.SCB[place] * (1.0 / 127.0)).to(dtype)
+        return self.weight.data[place].to(dtype).mul_(scales.unsqueeze(1))
+
+    def stored(self) -> list[torch.Tensor]:
+        return [self.weight.data, self.weight.SCB]
 
 
 class HalfLinear(FrozenLinear, nn.Linear):
@@ -84,6 +126,12 @@ class HalfLinear(FrozenLinear, nn.Linear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.weight.data.to(dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.weight.data[start:stop].float()
+
+    def stored(self) -> list[torch.Tensor]:
+        return [self.weight.data]
 
 
 class HalfEmbedding(nn.Embedding):
@@ -138,6 +186,32 @@ _READY = {bnb.nn.Linear4bit: _ready_4bit, bnb.nn.Linear8bitLt: _ready_8bit}
 def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight of a linear as it computes, (out, in)."""
     return freeze(module).dequantize(dtype)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The weight of a frozen linear as it computes, read by rows in fp32, and told from others by its bytes."""
+
+    linear: FrozenLinear
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Stored":
+        """Of any linear, which is frozen by that."""
+        return cls(freeze(module))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linear.out_features, self.linear.in_features
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.linear.rows(start, stop)
+
+    def digest(self) -> str:
+        return store.digest(self.linear.stored())
+
+    def held(self) -> "Stored":
+        """Itself: dequantizing rows is a tenth of what is done with them."""
+        return self
 
 
 def _empty(kind: type, weight: torch.Tensor, **options) -> nn.Module:

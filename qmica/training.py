@@ -30,6 +30,7 @@ from torch import nn
 
 from qmica import (
     adapter,
+    bases,
     data,
     durable,
     loss,
@@ -489,11 +490,34 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
     if run is not None:
         adapter.restore(network, run.last_checkpoint().tensors("adapter"), job.adapter)
     else:
-        adapter.attach(network, job.adapter, job.training.seed)
-        say(f"{job.adapter.method} attached: {progress.duration(time.perf_counter() - began)}")
+        adapter.attach(network, job.adapter, job.training.seed, _patient(say, "subspaces"))
+        seconds = progress.duration(time.perf_counter() - began)
+        say(f"{job.adapter.method} attached: {seconds}{_where_from(getattr(network, 'qmica_bases', None))}")
     if job.training.grad_checkpoint:
         network.activation_checkpointing_enable()
     return network
+
+
+def _patient(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    """A progress that speaks every 30 s: most models need less."""
+    began = said = time.perf_counter()
+
+    def progress_of(done: int, total: int) -> None:
+        nonlocal said
+        now = time.perf_counter()
+        if now - said > 30:
+            said = now
+            say(f"{what}: {done} of {total}, {progress.duration((now - began) / done * (total - done))} left")
+
+    return progress_of
+
+
+def _where_from(found: bases.Bases | None) -> str:
+    """How the subspaces were come by, where there are any."""
+    if found is None:
+        return ""
+    fallbacks = f", {found.fallbacks} by SVD, as they were not proved otherwise" if found.fallbacks else ""
+    return f", {len(found.B)} subspaces, {found.stored} of them from the cache{fallbacks}"
 
 
 def _require_same(run: runs.Run, record: dict) -> None:

@@ -25,7 +25,7 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 
-from qmica import architectures, ggml
+from qmica import architectures, ggml, store
 from qmica.durable import replacing, require_space, write_json
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor
@@ -109,6 +109,16 @@ class LazyTensor:
         step = max(nbytes // max(4 * math.prod(self.shape[1:]), 1), 1)
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
+
+    def digest(self) -> str:
+        """Hex SHA-256 of all that is stored of the tensor: of a GGUF's quantized blocks, not of what they stand for."""
+        if self.quantized is not None:
+            return store.digest([torch.from_numpy(np.array(self.quantized.raw()))])
+        return store.digest(self.rows(start, stop) for start, stop in self.blocks())
+
+    def held(self) -> "torch.Tensor | LazyTensor":
+        """For several readings in a row: the data, or where it is above a block (256 MB of fp32) the tensor itself."""
+        return self.load() if 4 * math.prod(self.shape) <= BLOCK_BYTES else self
 
     def sample(self) -> bytes:
         """A few KB of the stored bytes: of the first, the middle and the last rows."""

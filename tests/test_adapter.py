@@ -23,6 +23,7 @@ from qmica import adapter, model, quant, source, subspace, targets
 from qmica.config import AdapterConfig
 from qmica.errors import QmicaError
 from qmica.linear import MicaLinear
+from qmica.weights import open_weights
 
 datasets.disable_progress_bars()
 
@@ -116,7 +117,7 @@ def projector_distance(one, other):
     return float(np.abs(projectors[0] - projectors[1]).max())
 
 
-def whole_bases(monkeypatch, network):
+def whole_bases(monkeypatch, network, options=OPTIONS):
     """Attach, and return each B before it is rounded to bf16."""
     seen, real = [], MicaLinear.from_base.__func__
 
@@ -125,11 +126,48 @@ def whole_bases(monkeypatch, network):
         return real(cls, linear, B, *rest)
 
     monkeypatch.setattr(MicaLinear, "from_base", classmethod(watched))
-    adapter.attach(network, OPTIONS)
+    adapter.attach(network, options)
     return dict(zip((path for path, _ in adapter.layers(network)), seen, strict=True))
 
 
 # ---- B against PEFT and numpy
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_B_from_the_original(separated, monkeypatch, tmp_path, bits):
+    """Beside a quantized model: numpy's of the weights in the folder, and not of what was made of them."""
+    network = loaded(separated, bits)
+    seen = whole_bases(monkeypatch, network, dataclasses.replace(OPTIONS, subspace_from="original"))
+    moved = whole_bases(monkeypatch, loaded(separated, bits), OPTIONS)
+    weights = open_weights(source.resolve(str(separated)))
+    for path, B in seen.items():
+        U = np.linalg.svd(weights[f"{path}.weight"].load(torch.float64).numpy(), full_matrices=False)[0]
+        minor = torch.from_numpy(U[:, -RANK:].copy())
+        assert projector_distance(B, minor) < 1e-6 < projector_distance(moved[path], minor)
+    saved = json.loads((adapter.save_adapter(network, tmp_path / "a") / "qmica.json").read_text())
+    assert saved["adapter"]["subspace_from"] == "original" and saved["base"]["bits"] == bits
+    assert adapter.read_adapter(tmp_path / "a").options.subspace_from == "original"
+
+
+def test_the_original_of_a_gguf_is_its_dequantized_weights(monkeypatch, tmp_path):
+    """In Hugging Face's order of rows, which a GGUF permutes."""
+    file = tiny.write_gguf(tmp_path / "m.gguf", tiny.tiny_model("llama"))
+    seen = whole_bases(monkeypatch, loaded(file, 4), dataclasses.replace(OPTIONS, subspace_from="original"))
+    weights = open_weights(source.resolve(str(file)))
+    for path, B in seen.items():
+        U = np.linalg.svd(weights[f"{path}.weight"].load(torch.float64).numpy(), full_matrices=False)[0]
+        assert projector_distance(B, torch.from_numpy(U[:, -RANK:].copy())) < 1e-5
+
+
+def test_where_there_is_no_original(base, tmp_path):
+    original = dataclasses.replace(OPTIONS, subspace_from="original")
+    with pytest.raises(QmicaError) as error:
+        adapter.attach(transformers_model(base), original)
+    assert str(error.value) == "--subspace-from original needs the model's files: load the model with qmica.load"
+    packed = tmp_path / "packed"
+    transformers_model(base, 4).save_pretrained(packed)
+    with pytest.raises(QmicaError, match=r"was quantized by bitsandbytes \(.*q_proj and 13 more\) and has no original"):
+        adapter.attach(loaded(packed, 4), original)
 
 
 def test_B_is_pefts(separated, monkeypatch):
@@ -275,7 +313,8 @@ def test_what_is_written(base, tmp_path):
     assert config["init_lora_weights"] is True and config["peft_type"] == "LORA"
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (RANK, ALPHA, 0.1)
     assert config["base_model_name_or_path"] == str(base) and config["target_modules"] == ["q_proj", "v_proj"]
-    assert ours["adapter"] == dataclasses.asdict(network.qmica_adapter) and ours["subspace_from"] == "quantized"
+    assert ours["adapter"] == dataclasses.asdict(network.qmica_adapter)
+    assert ours["adapter"]["subspace_from"] == "quantized"
     assert ours["base"] == dataclasses.asdict(network.qmica_base) and ours["base"]["bits"] == 4
     assert ours["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     tensors = load_file(tmp_path / "ours" / names[1])

@@ -15,7 +15,16 @@ from tiny import save_tiny
 
 import qmica
 from qmica import QmicaError
-from qmica.config import AdapterConfig, ChatConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, TrainingConfig
+from qmica.config import (
+    AdapterConfig,
+    ChatConfig,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    InspectConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 
 FUNCTIONS = (*JOBS, "load", "attach", "save_adapter", "load_adapter", "open_run")
 
@@ -83,6 +92,10 @@ def test_the_other_verbs(jobs, tmp_path):
     assert jobs.arguments == ("x", EvalConfig(limit=3), None, False)
     qmica.eval(model="7b", bits=16)
     assert jobs.arguments == (None, EvalConfig(), ModelConfig(model="7b", bits=16), False)
+    qmica.inspect()
+    assert jobs.arguments == (ModelConfig().model, InspectConfig(), False)
+    qmica.inspect(tmp_path, rank=4, bits=4, plot="x")
+    assert jobs.arguments == (str(tmp_path), InspectConfig(rank=4, bits=(4,), plot=Path("x")), False)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +106,7 @@ def test_the_other_verbs(jobs, tmp_path):
         ("export", {"quantt": "F16"}, "did you mean quant"),
         ("chat", {"zzz": 1}, "which takes prompt, raw, system"),
         ("load", {"bit": 4}, "did you mean bits"),
+        ("inspect", {"plots": "x"}, "did you mean plot"),
     ],
 )
 def test_unknown_keywords(jobs, verb, options, text):
@@ -109,6 +123,7 @@ def test_unknown_keywords(jobs, verb, options, text):
         ("train", {"rank": 0}, "^--rank 0: give 1 or more$"),
         ("merge", {"base": "4bit"}, "^base='4bit': choose one of 'original', 'quantized'$"),
         ("export", {"quant": "Q9"}, "^--quant Q9: choose one of"),
+        ("inspect", {"bits": 16}, "^--bits 16: choose 4, 8 or both$"),
     ],
 )
 def test_values_that_are_refused(jobs, verb, options, text):

@@ -21,16 +21,26 @@ from hypothesis import strategies as st
 
 import qmica
 from qmica import cli
-from qmica.config import AdapterConfig, ChatConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, TrainingConfig
+from qmica.config import (
+    AdapterConfig,
+    ChatConfig,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    InspectConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from qmica.errors import QmicaError
 
-VERBS = {"train", "eval", "chat", "merge", "export", "models", "doctor"}
+VERBS = {"train", "eval", "chat", "merge", "export", "inspect", "models", "doctor"}
 JOBS = {
     "train": ("training", "train"),
     "eval": ("evaluation", "evaluate"),
     "chat": ("chatting", "chat"),
     "merge": ("merging", "merge"),
     "export": ("exporting", "export"),
+    "inspect": ("spectra", "inspect"),
 }
 ROOT = Path(cli.__file__).parents[1]
 
@@ -106,6 +116,12 @@ def test_the_other_verbs_hand_over_theirs(jobs):
     assert jobs.arguments == ("x", Path("y"), "quantized", 1.0)
     assert cli.main(["export", "--quant", "q8_0", "--adapter"]) == 0
     assert jobs.arguments == (None, ExportConfig(quant="Q8_0", adapter=True))
+    assert cli.main(["inspect"]) == 0
+    assert jobs.arguments == (ModelConfig().model, InspectConfig(), False)
+    words = "inspect 7b -r 4 --targets qv --bits 8 4 --plot x --revision v1 --json"
+    assert cli.main(words.split()) == 0
+    plan = InspectConfig(rank=4, targets="qv", bits=(8, 4), plot=Path("x"), revision="v1")
+    assert jobs.arguments == ("7b", plan, True)
 
 
 def test_resume_takes_a_name_under_runs(jobs, tmp_path, monkeypatch):
@@ -154,6 +170,7 @@ def test_examples_are_real(verb, capsys, tmp_path, monkeypatch):
         ("eval x --model 7b --bits 8", "a run brings its own model: leave --model, --bits out, or RUN."),
         ("eval --bits 8", "--bits belongs to --model, and a run brings its own: name a --model too."),
         ("export a b", "unexpected b. See qmica export --help."),
+        ("inspect --bits 16", 'Invalid value "16" for --bits. Choose from: 4, 8. See qmica inspect --help.'),
     ],
 )
 def test_usage_errors(jobs, capsys, words, text):
@@ -287,6 +304,8 @@ def test_other_verbs_read_files_too(jobs, tmp_path):
     assert cli.main(["chat", "-c", path]) == 0 and jobs.arguments[1] == ChatConfig(temp=1.0)
     assert cli.main(["eval", "-c", write(tmp_path, "model: 7b\nlimit: 2\n")]) == 0
     assert jobs.arguments[1:3] == (EvalConfig(limit=2), ModelConfig(model="7b"))
+    assert cli.main(["inspect", "7b", "-c", write(tmp_path, "bits: [8]\nrank: 2\n")]) == 0
+    assert jobs.arguments[:2] == ("7b", InspectConfig(bits=(8,), rank=2))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from qmica import cli, config, ggml
-from qmica.config import AdapterConfig, ChatConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, TrainingConfig
+from qmica.config import (
+    AdapterConfig,
+    ChatConfig,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    InspectConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from qmica.errors import QmicaError
 
 DEFAULTS = {
@@ -28,6 +37,7 @@ DEFAULTS = {
         "--targets": "all",
         "--method": "mica",
         "--components": "minor",
+        "--subspace-from": "quantized",
     },
     DataConfig: {
         "--data": (),
@@ -89,6 +99,15 @@ DEFAULTS = {
         "--seed": 0,
         "--threads": None,
     },
+    InspectConfig: {
+        "--revision": None,
+        "--rank": 16,
+        "--targets": "all",
+        "--bits": (4, 8),
+        "--plot": None,
+        "--device": "auto",
+        "--threads": None,
+    },
 }
 ALIASES = {
     "--model": ("-m",),
@@ -109,6 +128,7 @@ VERBS = {
     "eval": (EvalConfig, ModelConfig),
     "chat": (ChatConfig,),
     "export": (ExportConfig,),
+    "inspect": (InspectConfig,),
 }
 
 
@@ -138,7 +158,8 @@ def test_help_shows_every_flag_with_its_default(verb, capsys, monkeypatch):
     for kind in VERBS[verb]:
         for flag, default in DEFAULTS[kind].items():
             shown = re.findall(r"\[default: (.*?)\]", line_of(flag, text))
-            assert shown == ([] if default in (None, ()) else [str(default)]), (flag, shown)
+            words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            assert shown == ([] if default in (None, ()) else [words]), (flag, shown)
 
 
 @pytest.mark.parametrize("flag", [flag for flag in ALIASES if flag != "--config"])
@@ -186,6 +207,12 @@ REFUSED = [
     (AdapterConfig, {"alpha": float("nan")}, "--alpha nan: give more than 0"),
     (AdapterConfig, {"dropout": 1.0}, "--dropout 1.0: give 0 or more and less than 1"),
     (AdapterConfig, {"method": "lora", "components": "major"}, "--components major: --method lora has no"),
+    (AdapterConfig, {"method": "lora", "subspace_from": "original"}, "--subspace-from original: there is no subspace"),
+    (
+        AdapterConfig,
+        {"components": "random", "subspace_from": "original"},
+        "--subspace-from original: there is no subspace to compute with --method mica --components random",
+    ),
     (DataConfig, {"max_seq_length": 7}, "--max-seq-length 7: give 8 or more"),
     (DataConfig, {"val_split": 1}, "--val-split 1: give 0 or more and less than 1"),
     (DataConfig, {"replay_ratio": 0}, "--replay-ratio 0: give more than 0 and less than 1"),
@@ -220,6 +247,10 @@ REFUSED = [
     (ChatConfig, {"ctx": 0}, "--ctx 0: give 1 or more"),
     (ChatConfig, {"max_tokens": 0}, "--max-tokens 0: give 1 or more"),
     (ChatConfig, {"threads": 0}, "--threads 0: give 1 or more"),
+    (InspectConfig, {"rank": 0}, "--rank 0: give 1 or more"),
+    (InspectConfig, {"bits": (4, 16)}, "--bits 4 16: choose 4, 8 or both"),
+    (InspectConfig, {"bits": ()}, "--bits : choose 4, 8 or both"),
+    (InspectConfig, {"threads": 0}, "--threads 0: give 1 or more"),
 ]
 
 
@@ -238,6 +269,11 @@ def test_one_path_or_several():
     assert DataConfig(data="notes.txt").data == ("notes.txt",)
     assert DataConfig(data=[Path("a"), "b"], replay=Path("c")) == DataConfig(data=("a", "b"), replay=("c",))
     assert EvalConfig(data=Path("a")).data == ("a",)
+
+
+def test_one_number_of_bits_or_several():
+    assert InspectConfig(bits=4).bits == (4,)
+    assert InspectConfig(bits=[8, 4, 8]).bits == (8, 4)
 
 
 def test_alpha_is_twice_the_rank():

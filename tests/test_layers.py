@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "qmica"
 
 LAYERS = (
     {"errors"},
-    {"config", "catalog", "durable", "loss", "subspace", "architectures", "llamacpp", "gguf_file", "samples"},
-    {"ggml", "source", "targets", "packing", "records", "progress"},
-    {"quant", "weights", "tokenizer", "runs"},
+    {"config", "catalog", "durable", "loss", "gram", "architectures", "llamacpp", "gguf_file", "samples"},
+    {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
+    {"quant", "weights", "tokenizer", "runs", "bases"},
     {"linear", "data", "memory", "model"},
     {"adapter"},
-    {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory", "compensation"},
+    {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory", "compensation", "spectra"},
     {"__init__", "__main__", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -62,6 +62,16 @@ def test_other_processes_are_silent(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_parts_are_counted_on_stderr(capsys):
+    with progress.counted(60, "layer") as done:
+        for at in range(1, 61):
+            done(at, f"part {at}")
+    out, err = capsys.readouterr()
+    said = err.splitlines()
+    assert out == "" and len(said) <= progress.LINES + 2
+    assert said[0].startswith("layer 1/60  part 1  ") and said[-1] == "layer 60/60  part 60  0 s left"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (89, "89 s"), (91, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (90_000, "25.0 h")],

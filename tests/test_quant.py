@@ -157,6 +157,40 @@ def test_dequantized_values(dtype):
     assert quant.dequantize(sixteen, dtype).dtype == dtype
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(48, 80), (1000, 72), (3, 7), (5, 1 << 15), (1, 64)])
+def test_rows_are_those_of_the_whole(bits, shape):
+    """Bit for bit, wherever they begin: in NF4 a row of 72 begins inside a block of 64, and that in one of scales."""
+    linear = quant.quantize(matrix(*shape), None, bits, CPU)
+    whole, stored = quant.dequantize(linear), quant.Stored.of(linear)
+    assert stored.shape == shape
+    places = {(0, shape[0]), (0, 1), (shape[0] - 1, shape[0]), (shape[0] // 3, shape[0] // 2 + 1)}
+    for start, stop in places:
+        same(stored.rows(start, stop), whole[start:stop])
+
+
+def test_rows_of_one_level_of_scales():
+    """As checkpoints without double quantization have them."""
+    weight = matrix(40, 72).float()
+    codes, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
+    parts = {"weight": codes, **{f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}}
+    linear = quant.from_packed((40, 72), parts, None, CPU)
+    for start, stop in ((0, 40), (7, 9), (39, 40)):
+        same(quant.Stored.of(linear).rows(start, stop), quant.dequantize(linear)[start:stop])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_digest_tells_weights_apart(bits):
+    first, again, other = (quant.Stored.of(frozen(bits, bias=False, seed=seed)) for seed in (0, 0, 1))
+    assert first.digest() == again.digest() != other.digest()
+    for part in again.linear.stored():  # every tensor counts: a scale as well as a code
+        before = part.clone()
+        part.copy_(part.roll(1) if part.numel() > 1 else part + 1)
+        assert first.digest() != again.digest()
+        part.copy_(before)
+    assert first.digest() == again.digest()
+
+
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.10), (8, 0.008), (16, 1e-9)])
 def test_quantization_loses_what_it_should(bits, most):
     """Relative error of Gaussian bf16 weights: NF4 0.095, int8 0.0066 (row maximum 3 sigma / 127 / sqrt(12)), bf16
