@@ -152,13 +152,16 @@ def _freeze(model: nn.Module) -> None:
         quant.freeze(module)
 
 
-def _bases(model: nn.Module, chosen: list[str], options: AdapterConfig, progress: Callable) -> bases.Bases | None:
-    """The singular vectors that the options ask for; None where they ask for none."""
+def _bases(
+    model: nn.Module, chosen: list[str], options: AdapterConfig, progress: Callable
+) -> dict[str, torch.Tensor] | None:
+    """The singular vectors that the options ask for, by module path; None where they ask for none."""
+    model.qmica_subspaces = None
     if options.method == "lora" or options.components == "random":
         return None
     weights = _originals(model, chosen) if options.subspace_from == "original" else _stored_weights(model, chosen)
-    model.qmica_bases = bases.find(weights, options.rank, options.components, model.device, progress)
-    return model.qmica_bases
+    found, model.qmica_subspaces = bases.find(weights, options.rank, options.components, model.device, progress)
+    return found
 
 
 def _stored_weights(model: nn.Module, chosen: list[str]) -> dict[str, bases.Weight]:
@@ -183,7 +186,11 @@ def _originals(model: nn.Module, chosen: list[str]) -> dict[str, bases.Weight]:
 
 
 def _adapted(
-    linear: nn.Module, options: AdapterConfig, found: bases.Bases | None, name: str, generator: torch.Generator
+    linear: nn.Module,
+    options: AdapterConfig,
+    found: dict[str, torch.Tensor] | None,
+    name: str,
+    generator: torch.Generator,
 ) -> MicaLinear:
     """The linear with a fresh adapter, which changes nothing yet."""
     if options.method == "lora":
@@ -192,10 +199,10 @@ def _adapted(
             return MicaLinear.lora(linear, options.rank, options.scaling_alpha, options.dropout)
     if found is None:
         with bases.named(name):
-            B = subspace.random_subspace(quant.Stored.of(linear), options.rank, generator).to(linear.weight.device)
+            B = subspace.random_subspace(quant.Stored.of(linear), options.rank, generator)
     else:
-        B = found.B[name]
-    return MicaLinear.from_base(linear, B, options.scaling_alpha, options.dropout)
+        B = found[name]
+    return MicaLinear.from_base(linear, B.to(linear.weight.device), options.scaling_alpha, options.dropout)
 
 
 def _wire(model: nn.Module, options: AdapterConfig) -> nn.Module:

@@ -41,7 +41,7 @@ class Gram:
 
     def __init__(self, weight: torch.Tensor | RowBlocks, device: torch.device | None = None):
         self._whole = isinstance(weight, torch.Tensor)
-        self._weight = weight
+        self._weight = weight.detach() if self._whole else weight
         self.device = device or (weight.device if self._whole else torch.device("cpu"))
         self.shape = out, columns = tuple(weight.shape)
         self.wide = out <= columns
@@ -78,7 +78,10 @@ class Gram:
     def _rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         rows = self._weight[start:stop] if self._whole else self._weight.rows(start, stop)
         rows = rows.to(self.device)
-        return rows if dtype is None else rows.to(dtype) * self.scale
+        if dtype is None:
+            return rows
+        rows = rows if rows.dtype.itemsize >= 4 else rows.float()  # scaled before a cast: 1e39 is infinite in fp32
+        return (rows * self.scale).to(dtype)
 
     def whole(self) -> torch.Tensor:
         """The scaled weight in float64, (out, in)."""

@@ -8,8 +8,9 @@ and whether they are still there once W has been quantized (B_q of the dequantiz
 "Original" is what the source holds: 16-bit weights, or a GGUF's dequantized ones. A checkpoint that bitsandbytes
 quantized holds no original, so that only the first two questions have an answer.
 
-What it gives up: speed on large models. Each weight costs an eigendecomposition in float64 for its spectrum and one
-minor subspace for itself and each format, one tensor (and some copies of it in float64) at a time.
+What it gives up: the store of subspaces, which it neither reads nor fills, and speed on large models. Each weight costs
+an eigendecomposition in float64 for its spectrum and one minor subspace for itself and each format, one tensor (and
+some copies of it in float64) at a time.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ says is said once, removed and computed again.
 What it gives up: nothing is ever evicted; entries of models that are gone stay until the folder is deleted.
 """
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -42,9 +43,9 @@ def write(place: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
         with durable.replacing(place / f"{name}{SUFFIX}") as part:
-            save_file(kept, part, metadata={CHECKSUM: digest(kept.values())})
-    except QmicaError as error:
-        log.warning("not kept for the next time: %s", error)
+            save_file(kept, part, metadata={CHECKSUM: _checksum(kept)})
+    except (QmicaError, SafetensorError, OSError) as error:
+        log.warning("not kept for the next time: %s", " ".join(str(error).split()))
 
 
 def read(place: Path, name: str) -> dict[str, torch.Tensor] | None:
@@ -58,15 +59,21 @@ def read(place: Path, name: str) -> dict[str, torch.Tensor] | None:
         return None
     except (SafetensorError, OSError) as error:
         return _damaged(path, str(error))
-    return tensors if digest(tensors.values()) == expected else _damaged(path, "its checksum is another")
+    return tensors if _checksum(tensors) == expected else _damaged(path, "its checksum is another")
 
 
 def _damaged(path: Path, reason: str) -> None:
     log.warning("%s is damaged (%s): it is computed again", path, " ".join(reason.split()))
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # of a folder that may only be read
+        path.unlink()
 
 
-def digest(tensors) -> str:
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    names = sorted(tensors)
+    return hashlib.sha256("\n".join([*names, digest(tensors[name] for name in names)]).encode()).hexdigest()
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
     """Hex SHA-256 over the shapes, dtypes and bytes of tensors, in order; read in pieces of 64 MB."""
     found = hashlib.sha256()
     for tensor in tensors:

@@ -19,7 +19,8 @@ the shifted matrix), whatever way V was found. How far L Lᵀ is from N is measu
 residuals this bounds the least possible energy from below, and B is accepted when it has at most 1.001 times that.
 What is not accepted in fp32 is done again in float64, and after that by a float64 SVD, which is counted and logged.
 
-What it gives up: fp32 fails early where columns are 1000 times the others, and the second try costs as much again.
+What it gives up: fp32 fails early where columns are 1000 times the others, and the second try costs twice as much
+again; a tall weight with dependent columns always takes the SVD, as its left vectors for σ = 0 are images of nothing.
 """
 
 import logging
@@ -47,10 +48,10 @@ GOOD, DEPTH = 0.01, 24  # of Lanczos: the sine of an angle that is good enough, 
 ZERO = 1e-12  # of ‖W‖_F: a singular value of zero, as float64 finds it
 ROWS = 16384  # of an image at once
 STEPS = 16  # of Davidson; 2 to 5 are usual
-PROBES, PROBE_STEPS = 8, 2
-# A block of 8 random probes and two steps of the power method find at least a tenth of an error's norm, save with a
-# probability of 3e-7 for the worst error at a side of 4096 (χ² with 8 degrees of freedom below 0.1).
-PROBE_SAFETY = 10.0
+PART = .3  # of the way from the wanted eigenvalues to the last one: μ
+# Of the power method on a factor's error: random probes, the steps that every search takes and the most it takes, and
+# the square of what the probes have at least of the worst direction, save with a probability of 3e-7 (χ², 8 degrees).
+PROBES, PROBE_STEPS, MOST_PROBE_STEPS, PROBED = 8, 2, 8, 0.1
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ class Found:
 
     @property
     def ratio(self) -> float:
-        """The energy is at most this times the least possible; 1 where there is none."""
-        return self.energy / self.least if self.least > 0 else 1.0
+        """The energy is at most this times the least possible; infinite where only rounding can be told from zero."""
+        if self.energy <= self.least:
+            return 1.0
+        return self.energy / self.least if self.least > 0 else math.inf
 
 
 def minor_subspace(weight: torch.Tensor | RowBlocks, rank: int, device: torch.device | None = None) -> torch.Tensor:
@@ -93,7 +96,9 @@ def major_subspace(weight: torch.Tensor | RowBlocks, rank: int, device: torch.de
     return _finished(vectors if gram.wide else torch.linalg.qr(gram.image(vectors)).Q)
 
 
-def random_subspace(weight: torch.Tensor | RowBlocks, rank: int, generator: torch.Generator | None = None):
+def random_subspace(
+    weight: torch.Tensor | RowBlocks, rank: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """B (out, rank) in fp32: an orthonormal basis of a uniformly random subspace."""
     require_rank(rank, *weight.shape)
     device = Gram(weight).device
@@ -105,6 +110,9 @@ def find_minor(weight: torch.Tensor | RowBlocks, rank: int, device: torch.device
     """The minor subspace of weight (out, in) with its proof; arguments and errors as `minor_subspace`."""
     require_rank(rank, *weight.shape)
     gram = Gram(weight, device)
+    if gram.norm == 0:
+        B = torch.eye(gram.shape[0], gram.side, device=gram.device)[:, -rank:].contiguous()
+        return Found(B, torch.zeros(rank, dtype=torch.float64, device=gram.device), 0.0, 0.0, "svd")
     if gram.side < max(DENSE, BLOCKS * rank):
         return _by_svd(gram, rank, "svd")
     for dtype in (torch.float32, torch.float64)[gram.side < SINGLE :]:
@@ -134,16 +142,22 @@ def require_rank(rank: int, out: int, columns: int) -> None:
 
 @contextmanager
 def _full_precision(dtype: torch.dtype) -> Iterator[None]:
-    """No TF32 on CUDA, no bf16 on CPUs in fp32 products; float64 needs nothing, and may run on several threads."""
-    if dtype != torch.float32:
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """No TF32 on CUDA, no bf16 on CPUs in fp32 products; float64 needs nothing, and may run on several threads. By
+    backend, where torch has that (2.9): its older switch refuses to be read once the newer one was used.
+    """
+    switches = [
+        backend for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if dtype == torch.float32
+    ]
+    if not all(hasattr(backend, "fp32_precision") for backend in switches):
+        torch.backends.cuda.matmul.allow_tf32, switches = False, []
+    before = [backend.fp32_precision for backend in switches]
     try:
+        for backend in switches:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(switches, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _finished(vectors: torch.Tensor) -> torch.Tensor:
@@ -204,21 +218,23 @@ def _search(gram: Gram, rank: int, dtype: torch.dtype) -> Found | None:
     if start is None:
         return None
     V, levels = start
-    # μ is between the wanted eigenvalues and the last one found, nearer to the wanted, as a μ far above λ_1 slows the
-    # correction: at 4096 x 4096, 4 steps of Davidson for 0.15 of the way, 5 for 0.35. Where rough vectors leave
-    # something below it out, a smaller μ still corrects them.
+    # μ is between the wanted eigenvalues and the last one found: N must be positive definite though the last vectors
+    # are rough, a μ far above λ_1 slows the correction, and one near the wanted ones leaves the factor's error little
+    # room. Where something below it is left out, a smaller μ still corrects the vectors.
     wanted, last = float(levels[rank - 1]), float(levels[-1])
-    deflated = _Deflated.of(matrix, V, (_between(wanted, last, 0.15), 0.95 * wanted, 0.8 * wanted, 0.4 * wanted), last)
+    deflated = _Deflated.of(matrix, V, (_between(wanted, last, PART), 0.95 * wanted, 0.8 * wanted, 0.4 * wanted), last)
     del matrix  # 67 MB at a side of 4096; made again in the rare case below
     pairs = _corrected(gram, V, rank, deflated)
-    least = _least_energy(pairs, deflated, rank)
-    B = _left_vectors(gram, pairs, rank)
-    energy = _energy(gram, B)
     if not _converged(gram, pairs, rank):
         return None
+    B = _left_vectors(gram, pairs, rank)
+    energy = _energy(gram, B)
+    least = _proved_least(gram, pairs, deflated, B, energy)
     if not _accepted(gram, B, energy, least):
         del deflated  # the vectors have moved too far from those that it deflates
-        least = _least_energy_anew(gram, dtype, pairs, rank)
+        last = float(pairs.sigma[-1] ** 2)
+        deflated = _Deflated.of(gram.matrix(dtype), pairs.V, (_between(wanted, last, 0.5),), last)
+        least = _proved_least(gram, pairs, deflated, B, energy)
     if not _accepted(gram, B, energy, least):
         return None
     return _found(gram, B, pairs.sigma[:rank].flip(0), energy, least, str(dtype).removeprefix("torch."))
@@ -244,13 +260,21 @@ def _corrected(gram: Gram, V: torch.Tensor, rank: int, deflated: "_Deflated | No
 
 
 def _converged(gram: Gram, pairs: _Pairs, rank: int) -> bool:
-    """Whether the residuals hold the subspace to `ANGLE` (the sin Θ theorem of Davis and Kahan: ‖R‖ / gap), or all its
-    singular values are zero. A condition above some 1e6 leaves residuals that are too large: float64's rounding of G.
+    """Whether the residuals hold the subspace of every rank up to this one to `ANGLE`, or its singular values are zero:
+    a B of this rank serves smaller ones.
+
+    By the sin Θ theorem of Davis and Kahan, ‖R‖ / gap for the vectors of G. The left vectors of a tall weight are their
+    images, whose angle is σ_j / σ_i times as large: ‖R / σ‖ σ_(r+1) / gap. A condition above some 1e6 leaves residuals
+    that are too large: float64's rounding of G.
     """
     levels = pairs.sigma**2
-    wanted = float(levels[rank - 1])
-    gap = max(float(levels[rank]) - wanted, GAP * wanted) if len(levels) > rank else GAP * wanted
-    return float(pairs.R[:, :rank].norm()) <= ANGLE * gap or wanted <= (ZERO * gram.norm) ** 2
+    above = torch.cat([levels, levels[-1:]])[1 : rank + 1]
+    wanted, residuals = levels[:rank], pairs.R[:, :rank].norm(dim=0)
+    gaps = torch.maximum(above - wanted, GAP * wanted)
+    if not gram.wide:
+        residuals, gaps = residuals / pairs.sigma[:rank].clamp_min(ZERO * gram.norm), gaps / above.sqrt()
+    held = residuals.square().cumsum(0).sqrt() <= ANGLE * gaps
+    return bool((held | (wanted <= (ZERO * gram.norm) ** 2)).all())
 
 
 def _first_pairs(gram: Gram, V: torch.Tensor) -> _Pairs:
@@ -416,19 +440,18 @@ class _Deflated:
     def __init__(self, L: torch.Tensor, V: torch.Tensor, mu: float, tau: float):
         self.L, self.V, self.mu, self.tau = L, V.double(), mu, tau
         noise = torch.randn(len(L), PROBES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        self.probes = torch.linalg.qr(noise.to(L.device)).Q
-        self.error, self.steps = math.inf, 0
+        self.kept = torch.linalg.qr(noise.to(L.device)).Q
+        self.seen, self.error, self.steps = 0.0, math.inf, 0
 
     @classmethod
     def of(cls, matrix: torch.Tensor, V: torch.Tensor, mus: Iterable[float], last: float) -> "_Deflated | None":
-        """From the lower triangle of G, V (side, n) orthonormal, and the first of `mus` that leaves N positive
-        definite; None where none does. last: V's largest Ritz value.
+        """From the lower triangle of G, which is overwritten, V (side, n) orthonormal, and the first of `mus` that
+        leaves N positive definite; None where none does. last: V's largest Ritz value.
         """
-        tau = 2 * last  # enough to lift what is in V above μ, and little enough that V may move afterwards
-        half = V.to(matrix.dtype)
-        add_lower(matrix, half, half, tau)
+        tau = 2 * max(last, 0.0)  # enough to lift what is in V above μ, and so little that V may move afterwards
+        rounded = V.to(matrix.dtype)
+        add_lower(matrix, rounded, rounded, tau)
         found = _factor(matrix, mus)
-        add_lower(matrix, half, half, -tau)
         return None if found is None else cls(found[0], V, found[1], tau)
 
     def solve(self, R: torch.Tensor) -> torch.Tensor:
@@ -436,17 +459,26 @@ class _Deflated:
         return _solve(self.L, R.to(self.L.dtype)).double()
 
     def probe(self, product: torch.Tensor) -> None:
-        """One step of the block power method on L Lᵀ − N; after `PROBE_STEPS` there are no probes left. product: G
-        times the probes, from the weight itself.
+        """One step of the block power method on L Lᵀ − N. product: G times the probes, from the weight itself; without
+        columns nothing is done.
+
+        After j steps from random probes that have g of the worst direction, what they find is at least ‖L Lᵀ − N‖
+        (g / √side)^(1/j), as the ratios of a power method's norms do not fall.
         """
-        Z = self.probes
-        if not Z.shape[1]:
+        if not product.shape[1]:
             return
+        Z = self.kept
         N = product + self.tau * (self.V @ (self.V.T @ Z)) - self.mu * Z
         difference = N - _times_its_transpose(self.L, Z)
-        self.error = PROBE_SAFETY * float(torch.linalg.matrix_norm(difference, 2))
         self.steps += 1
-        self.probes = torch.linalg.qr(difference).Q if self.steps < PROBE_STEPS else Z[:, :0]
+        self.seen = float(torch.linalg.matrix_norm(difference, 2))
+        self.error = self.seen * (len(Z) / PROBED) ** (0.5 / self.steps)
+        self.kept = torch.linalg.qr(difference).Q
+
+    @property
+    def probes(self) -> torch.Tensor:
+        """What Davidson's steps multiply besides (side, 8); no columns after the steps that every search takes."""
+        return self.kept if self.steps < PROBE_STEPS else self.kept[:, :0]
 
     def floor(self, V: torch.Tensor) -> float:
         """What every unit vector outside of the span of V (side, n) has at least of xᵀ G x.
@@ -498,13 +530,15 @@ def _least_energy(pairs: _Pairs, deflated: _Deflated | None, rank: int) -> float
     return float(_below(levels[:rank], coupling, rest).clamp_min(0).sum().sqrt())
 
 
-def _least_energy_anew(gram: Gram, dtype: torch.dtype, pairs: _Pairs, rank: int) -> float:
-    """The bound of `_least_energy` from a factor of these pairs' own; 0 where there is none."""
-    wanted, last = float(pairs.sigma[rank - 1] ** 2), float(pairs.sigma[-1] ** 2)
-    deflated = _Deflated.of(gram.matrix(dtype), pairs.V, (_between(wanted, last, 0.5),), last)
-    for _ in range(PROBE_STEPS if deflated is not None else 0):
-        deflated.probe(gram.back(gram.image(deflated.probes)))
-    return _least_energy(pairs, deflated, rank)
+def _proved_least(gram: Gram, pairs: _Pairs, deflated: _Deflated | None, B: torch.Tensor, energy: float) -> float:
+    """The bound of `_least_energy`, with more steps of the probes as long as they may make it good enough for B."""
+    least = _least_energy(pairs, deflated, B.shape[1])
+    while deflated is not None and deflated.steps < MOST_PROBE_STEPS and deflated.seen < deflated.mu / 4:
+        if _accepted(gram, B, energy, least):
+            break
+        deflated.probe(gram.back(gram.image(deflated.kept)))
+        least = _least_energy(pairs, deflated, B.shape[1])
+    return least
 
 
 def _energy(gram: Gram, B: torch.Tensor) -> float:

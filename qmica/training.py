@@ -492,7 +492,7 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
     else:
         adapter.attach(network, job.adapter, job.training.seed, _patient(say, "subspaces"))
         seconds = progress.duration(time.perf_counter() - began)
-        say(f"{job.adapter.method} attached: {seconds}{_where_from(getattr(network, 'qmica_bases', None))}")
+        say(f"{job.adapter.method} attached: {seconds}{_where_from(network.qmica_subspaces)}")
     if job.training.grad_checkpoint:
         network.activation_checkpointing_enable()
     return network
@@ -512,12 +512,12 @@ def _patient(say: Callable[[str], None], what: str) -> Callable[[int, int], None
     return progress_of
 
 
-def _where_from(found: bases.Bases | None) -> str:
+def _where_from(found: bases.Tally | None) -> str:
     """How the subspaces were come by, where there are any."""
     if found is None:
         return ""
     fallbacks = f", {found.fallbacks} by SVD, as they were not proved otherwise" if found.fallbacks else ""
-    return f", {len(found.B)} subspaces, {found.stored} of them from the cache{fallbacks}"
+    return f", {found.total} subspaces, {found.stored} of them from the cache{fallbacks}"
 
 
 def _require_same(run: runs.Run, record: dict) -> None:

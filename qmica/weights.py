@@ -111,9 +111,11 @@ class LazyTensor:
             yield start, min(start + step, rows)
 
     def digest(self) -> str:
-        """Hex SHA-256 of all that is stored of the tensor: of a GGUF's quantized blocks, not of what they stand for."""
+        """Hex SHA-256 of all that is stored of the tensor: of a GGUF's quantized blocks, and of the first rows that
+        they stand for, which tell their type and order.
+        """
         if self.quantized is not None:
-            return store.digest([torch.from_numpy(np.array(self.quantized.raw()))])
+            return store.digest([torch.from_numpy(np.array(self.quantized.raw())), self.rows(0, 256)])
         return store.digest(self.rows(start, stop) for start, stop in self.blocks())
 
     def held(self) -> "torch.Tensor | LazyTensor":

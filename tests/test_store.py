@@ -5,6 +5,7 @@ import multiprocessing
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from qmica import store
 
@@ -71,13 +72,43 @@ def test_a_store_that_cannot_be_written_is_no_failure(own_cache, caplog):
     assert store.read(store.folder("things", "a"), "r4") is None
 
 
+def test_entries_in_a_folder_that_may_not_be_written(own_cache, caplog, monkeypatch):
+    """A damaged one that cannot be removed is said each time, and what cannot be kept is no failure."""
+    place = store.folder("things", "a")
+    store.write(place, "r4", tensors())
+    cut(place / "r4.safetensors")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    assert store.read(place, "r4") is None and store.read(place, "r4") is None
+    assert len(caplog.messages) == 2
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.undo()
+    monkeypatch.setenv("QMICA_CACHE", str(own_cache))
+    monkeypatch.setattr(store, "save_file", full)
+    store.write(place, "r8", tensors())
+    assert caplog.messages[2] == "not kept for the next time: I/O error: No space left on device"
+    assert store.names(place) == ["r4"]
+
+
+def test_the_order_of_names_does_not_count():
+    place = store.folder("things", "a")
+    store.write(place, "r4", {"b": torch.ones(2), "a": torch.zeros(3)})
+    assert store.read(place, "r4")["a"].shape == (3,)
+
+
 def write_often(number: int) -> None:
     for _ in range(20):
         store.write(store.folder("things", "shared"), "r4", tensors(float(number)))
 
 
-def test_two_processes_write_one_entry():
-    """Whoever reads meanwhile sees one of the two, whole."""
+def test_two_processes_write_one_entry(caplog):
+    """Whoever reads meanwhile sees one of the two, whole: a mixture would be said to be damaged."""
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=write_often, args=(number,)) for number in (1, 2)]
     for writer in writers:
@@ -92,7 +123,8 @@ def test_two_processes_write_one_entry():
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    assert seen <= {1.0, 2.0} and store.names(store.folder("things", "shared")) == ["r4"]
+    assert caplog.messages == [] and seen and seen <= {1.0, 2.0}
+    assert store.names(store.folder("things", "shared")) == ["r4"]
 
 
 def test_a_digest_is_of_shape_type_and_every_byte():

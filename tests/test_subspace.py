@@ -168,6 +168,14 @@ def test_as_peft_finds_it(out, columns, rank):
 SEARCHED = [(256, 256), (260, 400), (400, 260)]
 
 
+@pytest.fixture(params=["as they come", "fp32 first"])
+def precision(request, monkeypatch):
+    """Sides this small go to float64 at once; those from `SINGLE` on, that is every one of a large model, to fp32."""
+    if request.param == "fp32 first":
+        monkeypatch.setattr(subspace, "SINGLE", subspace.DENSE)
+    return request.param
+
+
 def with_spectrum(out: int, columns: int, sigma: np.ndarray, seed: int = 0) -> torch.Tensor:
     """A float64 weight (out, columns) with these singular values and random singular vectors."""
     rng = np.random.default_rng(seed)
@@ -212,7 +220,7 @@ def spectra(side: int, rank: int, rng: np.random.Generator) -> dict[str, np.ndar
 
 @pytest.mark.parametrize("rank", [1, 16])
 @pytest.mark.parametrize(("out", "columns"), SEARCHED)
-def test_every_spectrum_is_searched_or_falls_back(out, columns, rank):
+def test_every_spectrum_is_searched_or_falls_back(precision, out, columns, rank):
     """The energy is the least, and the projector that of numpy's SVD where σ tells the subspace apart by 1 %."""
     report = []
     for name, sigma in spectra(min(out, columns), rank, np.random.default_rng(3)).items():
@@ -227,14 +235,14 @@ def test_every_spectrum_is_searched_or_falls_back(out, columns, rank):
         told_apart = is_unique(exact, rank, tall=out > columns)
         distance = apart(found.B, U[:, -rank:]) if told_apart else 0.0
         assert distance < 1e-4, f"{name}: {distance:.1e}"
-        assert np.allclose(found.sigma.numpy(), exact[-rank:], rtol=1e-5, atol=1e-9 * exact[0])
+        assert np.allclose(found.sigma.numpy(), exact[-rank:], rtol=1e-5, atol=2e-8 * exact[0])
         report.append((name, found.path, distance, found.ratio - 1))
     for name, path, distance, beyond in report:
         print(
             f"{out} x {columns}, rank {rank}, {name}: {path}, distance {distance:.1e}, proved energy 1 + {beyond:.1e}"
         )
     unproved = {name for name, path, *_ in report if path == "fallback"}
-    float64_cannot = {"geometric 1e6", "geometric 1e8", "one tiny"}  # tell: residuals of G are rounded at 1e-16
+    float64_cannot = {"geometric 1e6", "geometric 1e8", "one tiny"}  # residuals of G are rounded at 1e-16
     assert unproved <= float64_cannot | ({"rank-deficient", "one zero"} if out > columns else set()), unproved
 
 
@@ -250,7 +258,7 @@ def test_fp32_factors_are_proved_as_well(monkeypatch, out, columns):
         assert apart(found.B, U[:, -16:]) < 1e-6, f"{apart(found.B, U[:, -16:]):.1e}"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     side=st.one_of(st.integers(1, 60), st.integers(256, 320)),  # by SVD, and searched for
     longer=st.integers(0, 200),
@@ -261,9 +269,16 @@ def test_fp32_factors_are_proved_as_well(monkeypatch, out, columns):
     zeros=st.integers(0, 3),
     scale=st.sampled_from([1e-12, 1.0, 1e12]),
     seed=st.integers(0, 2**20),
+    fp32_first=st.booleans(),
 )
-def test_any_shape_rank_and_spectrum(side, longer, tall, share, fall, equal, zeros, scale, seed):
+def test_any_shape_rank_and_spectrum(side, longer, tall, share, fall, equal, zeros, scale, seed, fp32_first):
     """Orthonormal, the energy least, σ in order; the projector wherever σ tells it apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subspace, "SINGLE", subspace.DENSE if fp32_first else subspace.SINGLE)
+        _check(side, longer, tall, share, fall, equal, zeros, scale, seed)
+
+
+def _check(side, longer, tall, share, fall, equal, zeros, scale, seed):
     out, columns = (side + longer, side) if tall else (side, side + longer)
     rank = max(1, round(share**2 * side))  # small ranks more often, as they are searched
     sigma = np.geomspace(1, 10**-fall, side)
@@ -297,7 +312,7 @@ def test_outlier_rows_and_columns(out, columns, along):
 def test_zero_weights_scales_and_rows(out, columns):
     """A weight of zeros has any basis; 1e±12 times a weight has the same one; and so has one that is read by rows."""
     zero = subspace.find_minor(torch.zeros(out, columns), 16)
-    assert skew(zero.B) < 1e-6 and zero.energy == 0 and zero.ratio == 1
+    assert skew(zero.B) < 1e-6 and zero.energy == 0 and zero.ratio == 1 and zero.B.shape == (out, 16)
     weight = with_spectrum(out, columns, np.geomspace(1, 1e-3, min(out, columns))).float()
     B = subspace.minor_subspace(weight, 16)
     for scale in (1e-12, 1e12):
@@ -333,7 +348,7 @@ def planted(weight: torch.Tensor, rank: int, place: int, by: str, seed: int) -> 
     return torch.from_numpy(B).float()
 
 
-def test_planted_wrong_bases_are_rejected():
+def test_planted_wrong_bases_are_rejected(precision):
     """100 of 100, one direction wrong each. All have exact Ritz values of their own, and half are singular vectors."""
     rejected = accepted = 0
     for number, by in enumerate(["neighbour", "random"] * 50):
@@ -342,7 +357,7 @@ def test_planted_wrong_bases_are_rejected():
         wrong = planted(weight, 8, number % 8, by, number)
         rejected += not subspace.accepts(weight, wrong)
         accepted += subspace.accepts(weight, subspace.minor_subspace(weight, 8))
-    print(f"planted wrong bases rejected: {rejected} of 100; right ones accepted: {accepted} of 100")
+    print(f"{precision}: planted wrong bases rejected: {rejected} of 100; right ones accepted: {accepted} of 100")
     assert (rejected, accepted) == (100, 100)
 
 
@@ -363,7 +378,10 @@ def test_ritz_values_alone_prove_nothing(out, columns):
         kept = [place for place in range(25) if place != missing][:24]
         pairs = subspace._first_pairs(gram, torch.from_numpy(vectors[:, kept].copy()))
         assert float(pairs.R.norm()) < 1e-12 and np.allclose(pairs.sigma**2, levels[kept])
-        least = subspace._least_energy_anew(gram, torch.float64, pairs, 16)
+        mu = subspace._between(float(levels[kept[15]]), float(levels[kept[-1]]), 0.5)
+        deflated = subspace._Deflated.of(gram.matrix(torch.float64), pairs.V, (mu,), float(levels[kept[-1]]))
+        B = subspace._left_vectors(gram, pairs, 16)
+        least = subspace._proved_least(gram, pairs, deflated, B, subspace._energy(gram, B))
         truth = np.sqrt(levels[:16].sum())
         assert (0.999 * truth < least <= truth * (1 + 1e-9)) == proved, f"{least} of {truth}"
 
@@ -381,11 +399,15 @@ def test_the_error_of_a_factor_is_measured(dtype, damage):
     deflated = subspace._Deflated.of(matrix, V, (-0.1,), 1.0)
     deflated.L[100, 50] += damage
     for _ in range(subspace.PROBE_STEPS):
-        deflated.probe(gram.back(gram.image(deflated.probes)))
+        deflated.probe(gram.back(gram.image(deflated.kept)))
     scaled, L, basis = weight * gram.scale, deflated.L.double(), V.double()
     N = scaled @ scaled.T + deflated.tau * basis @ basis.T + 0.1 * torch.eye(256, dtype=torch.float64)
     truth = float(torch.linalg.matrix_norm(N - L @ L.T, 2))
     assert truth <= deflated.error <= 20 * truth, f"{deflated.error:.1e} for {truth:.1e}"
+    before = deflated.error
+    for _ in range(6):
+        deflated.probe(gram.back(gram.image(deflated.kept)))
+    assert truth <= deflated.error < before and deflated.error < 4 * truth, "more steps see more"
 
 
 def test_the_lower_bound_of_an_eigenvalue():
@@ -403,13 +425,60 @@ def test_the_lower_bound_of_an_eigenvalue():
     assert closest < 1e-2, "a bound that is never near proves nothing"
 
 
-def test_the_precision_of_products_is_put_back():
+def searched_in_fp32(monkeypatch):
+    monkeypatch.setattr(subspace, "SINGLE", subspace.DENSE)
+    weight = with_spectrum(256, 256, np.geomspace(1, 0.1, 256))
+    assert subspace.find_minor(weight, 4).path == "float32"
+
+
+def test_the_precision_of_products_is_put_back(monkeypatch):
+    """Also where a caller has used torch's newer switch, after which the older one cannot be read."""
+    matmul = torch.backends.cuda.matmul
+    seen, real = [], subspace._search
+    monkeypatch.setattr(subspace, "_search", lambda *rest: [seen.append(matmul.fp32_precision), real(*rest)][1])
     torch.set_float32_matmul_precision("high")
     try:
-        subspace.minor_subspace(torch.eye(200), 4)
-        assert torch.get_float32_matmul_precision() == "high"
+        searched_in_fp32(monkeypatch)
+        assert torch.get_float32_matmul_precision() == "high" and seen == ["ieee"]
+        matmul.fp32_precision = "tf32"
+        searched_in_fp32(monkeypatch)
+        assert matmul.fp32_precision == "tf32" and seen == ["ieee", "ieee"]
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_odd_tensors(dtype):
+    """16 bits, a transposed view, one that wants a gradient, and one beyond fp32's range."""
+    weight = torch.randn(300, 400, generator=torch.Generator().manual_seed(0)).to(dtype)
+    B = subspace.minor_subspace(weight, 8)
+    exact = B.double().numpy()
+    wanted = torch.nn.Parameter(weight.float())
+    assert apart(subspace.minor_subspace(weight.T.contiguous().T, 8), exact) < 1e-6
+    for found in (subspace.minor_subspace(wanted, 8), subspace.major_subspace(wanted, 8)):
+        assert not found.requires_grad
+    assert apart(subspace.minor_subspace(weight.double() * 1e300, 8), exact) < 1e-6
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_a_tall_weight_with_one_tiny_singular_value(precision, rank):
+    """Left vectors of a tall weight are images: what is missing from a right one grows by σ_j / σ_1 in them."""
+    for smallest in (1e-5, 1e-6, 1e-7):
+        weight = with_spectrum(400, 260, np.r_[np.geomspace(1, 0.02, 259), smallest])
+        U = np.linalg.svd(weight.numpy(), full_matrices=False)[0]
+        distance = apart(subspace.minor_subspace(weight, rank), U[:, -rank:])
+        assert distance < 1e-4, f"σ = {smallest:.0e}: {distance:.1e}"
+
+
+def test_every_smaller_rank_is_minor_too(precision):
+    """What a cache relies on: on a tall weight whose tail falls by 1e5 within the rank."""
+    weight = with_spectrum(420, 400, np.r_[np.geomspace(1, 0.1, 336), np.geomspace(0.09, 1e-6, 64)])
+    U, sigma, _ = np.linalg.svd(weight.numpy(), full_matrices=False)
+    B = subspace.minor_subspace(weight, 64)
+    for rank in (1, 4, 16, 32, 63):
+        rounding = 4 * np.finfo(np.float32).eps * np.linalg.norm(sigma) * rank**0.5
+        assert energy(weight, B[:, -rank:]) <= 1.001 * np.linalg.norm(sigma[-rank:]) + rounding
+        assert apart(B[:, -rank:], U[:, -rank:]) < 1e-4
 
 
 @pytest.mark.gpu
