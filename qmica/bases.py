@@ -135,10 +135,11 @@ def _computed(
 def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
     """As many workers as torch has threads, each with one of its own; afterwards torch has its threads again."""
     threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield pool
     finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C and a damaged weight wait for what has begun, not for all
         torch.set_num_threads(threads)
 
 

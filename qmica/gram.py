@@ -33,8 +33,9 @@ class RowBlocks(Protocol):
 
 
 class Gram:
-    """G (side, side) of a weight's smaller side, scaled so that its largest entry is in [0.5, 1): squares of 1e-30 or
-    1e30 would leave fp32. X below is (side, n), T is (length, n), both float64; length is the larger side.
+    """G (side, side) of a weight's smaller side. Where the weight's largest entry is beyond 1e±6 it is scaled to [0.5,
+    1), as squares of 1e-30 or 1e30 would leave fp32. X below is (side, n), T is (length, n), both float64; length is
+    the larger side.
 
     Raises QmicaError where the weight holds NaN or infinity.
     """
@@ -46,7 +47,8 @@ class Gram:
         self.shape = out, columns = tuple(weight.shape)
         self.wide = out <= columns
         self.side, self.length = min(self.shape), max(self.shape)
-        self.scale = 2.0 ** -math.frexp(self._largest())[1]
+        top = self._largest()
+        self.scale = 1.0 if 1e-6 < top < 1e6 else 2.0 ** -math.frexp(top)[1]
 
     def _largest(self) -> float:
         """The largest entry's size."""
@@ -80,6 +82,8 @@ class Gram:
         rows = rows.to(self.device)
         if dtype is None:
             return rows
+        if self.scale == 1:
+            return rows.to(dtype)
         rows = rows if rows.dtype.itemsize >= 4 else rows.float()  # scaled before a cast: 1e39 is infinite in fp32
         return (rows * self.scale).to(dtype)
 

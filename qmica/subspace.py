@@ -23,10 +23,10 @@ What it gives up: fp32 fails early where columns are 1000 times the others, and 
 again; a tall weight with dependent columns always takes the SVD, as its left vectors for σ = 0 are images of nothing.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,7 @@ GOOD, DEPTH = 0.01, 24  # of Lanczos: the sine of an angle that is good enough, 
 ZERO = 1e-12  # of ‖W‖_F: a singular value of zero, as float64 finds it
 ROWS = 16384  # of an image at once
 STEPS = 16  # of Davidson; 2 to 5 are usual
-PART = .3  # of the way from the wanted eigenvalues to the last one: μ
+PART = 0.3  # of the way from the wanted eigenvalues to the last one: μ
 # Of the power method on a factor's error: random probes, the steps that every search takes and the most it takes, and
 # the square of what the probes have at least of the worst direction, save with a probability of 3e-7 (χ², 8 degrees).
 PROBES, PROBE_STEPS, MOST_PROBE_STEPS, PROBED = 8, 2, 8, 0.1
@@ -116,7 +116,8 @@ def find_minor(weight: torch.Tensor | RowBlocks, rank: int, device: torch.device
     if gram.side < max(DENSE, BLOCKS * rank):
         return _by_svd(gram, rank, "svd")
     for dtype in (torch.float32, torch.float64)[gram.side < SINGLE :]:
-        with _full_precision(dtype):
+        found = None
+        with _full_precision(dtype), contextlib.suppress(torch.linalg.LinAlgError):  # of overflow in a factor
             found = _search(gram, rank, dtype)
         if found is not None:
             return found
@@ -140,7 +141,7 @@ def require_rank(rank: int, out: int, columns: int) -> None:
         raise QmicaError(f"rank {rank} does not fit a {out} x {columns} weight: choose 1 to {smallest}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _full_precision(dtype: torch.dtype) -> Iterator[None]:
     """No TF32 on CUDA, no bf16 on CPUs in fp32 products; float64 needs nothing, and may run on several threads. By
     backend, where torch has that (2.9): its older switch refuses to be read once the newer one was used.
@@ -384,15 +385,17 @@ def _inverse_lanczos(matrix: torch.Tensor, rank: int, n: int) -> tuple[torch.Ten
     """
     mean = float(matrix.diagonal().mean())
     tiny = torch.finfo(matrix.dtype).eps * mean
-    found = _factor(matrix, (-tiny * 16**power for power in range(5)))
+    shifts = [-tiny * 16**power for power in range(5)]
+    found = _factor(matrix, shifts)
     if found is None:
         return None
     noise = torch.randn(len(matrix), n, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
     V, levels, good = _lanczos(*found, noise.to(matrix.device), rank, 4)
     if not good and levels[0] > 0.3 * levels[-1]:
         # The small end is not isolated (a Marchenko-Pastur edge, where tall and wide weights end): a shift just below
-        # it tells more apart. λ_1 as found is 5 % too large at 4096 x 11008.
-        found = _factor(matrix, (part * float(levels[0]) for part in (0.9, 0.8, 0.6))) or found
+        # it tells more apart. λ_1 as found is 5 % too large at 4096 x 11008. Two factors at once would be too large.
+        del found
+        found = _factor(matrix, [*(part * float(levels[0]) for part in (0.9, 0.8, 0.6)), *shifts])
     if not good:
         V, levels, _ = _lanczos(*found, V, rank, DEPTH)
     return V, levels

@@ -128,6 +128,21 @@ def test_the_layer_is_named(components):
         bases.find(damaged, 8, components, CPU)
 
 
+def test_what_has_not_begun_is_not_waited_for(monkeypatch):
+    """Ctrl-C in the first of many small weights."""
+    calls = []
+
+    def find(*_):
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subspace, "find_minor", find)
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        bases.find(weights(40), 4, "minor", CPU)
+    assert len(calls) < 40 and torch.get_num_threads() == before
+
+
 def test_threads_are_given_back(monkeypatch):
     """Small weights have a thread each; B does not depend on how many there are."""
     before = torch.get_num_threads()

@@ -35,7 +35,7 @@ def test_every_product(monkeypatch, out, columns, block):
     read = Recorded(W.float())
     G = gram.Gram(read)
     scaled = W.float().double().numpy() * G.scale
-    assert 0.5 <= np.abs(scaled).max() < 1 and np.isclose(G.norm, np.linalg.norm(scaled), rtol=1e-6)
+    assert G.scale == 1 and np.isclose(G.norm, np.linalg.norm(scaled), rtol=1e-6)
     whole = scaled @ scaled.T if out <= columns else scaled.T @ scaled
     assert (G.side, G.length, G.wide) == (min(out, columns), max(out, columns), out <= columns)
     for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
@@ -54,7 +54,9 @@ def test_every_product(monkeypatch, out, columns, block):
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_squares_stay_in_fp32(scale):
     W = weight(20, 30)
-    lower = gram.Gram(W * scale).matrix(torch.float32)
+    G = gram.Gram(W * scale)
+    assert 0.5 <= float((W * scale).abs().max()) * G.scale < 1
+    lower = G.matrix(torch.float32)
     assert torch.isfinite(lower).all() and (lower.diagonal() > 0.1).all()
 
 

@@ -447,6 +447,17 @@ def test_the_precision_of_products_is_put_back(monkeypatch):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_a_factor_that_overflows_is_tried_again(monkeypatch):
+    monkeypatch.setattr(subspace, "SINGLE", subspace.DENSE)
+    real = subspace._search
+
+    def overflow(gram, rank, dtype):
+        return torch.linalg.eigh(torch.full((3, 3), torch.nan)) if dtype == torch.float32 else real(gram, rank, dtype)
+
+    monkeypatch.setattr(subspace, "_search", overflow)
+    assert subspace.find_minor(with_spectrum(256, 256, np.geomspace(1, 0.1, 256)), 4).path == "float64"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_odd_tensors(dtype):
     """16 bits, a transposed view, one that wants a gradient, and one beyond fp32's range."""
