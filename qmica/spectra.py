@@ -382,9 +382,7 @@ def _require_pictures(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        trouble = durable.disk_trouble(error)
-        if trouble is None:
-            raise
+        trouble = durable.disk_trouble(error) or f"it cannot be made ({error.strerror}): choose another folder"
         raise QmicaError(f"--plot {folder}: {trouble}") from error
 
 
