@@ -326,7 +326,7 @@ def _davidson(
     new = _orthonormal_beside(V, new)
     image, probed = gram.image(torch.cat([new, deflated.probes], 1)).tensor_split([new.shape[1]], 1)
     better, T, sigma = _rayleigh_ritz([V, new], [pairs.T, image])
-    together = torch.cat([T, probed], 1)
+    together = torch.cat([T.T, probed.T]).T  # laid out as `back` wants it, which would copy 33 MB of an lm_head
     del image, probed
     product, probed = gram.back(together).tensor_split([n], 1)
     deflated.probe(probed)
