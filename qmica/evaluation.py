@@ -125,7 +125,7 @@ def branch_scores(network: nn.Module, asked: Sequence[tuple[list[int], list[list
         attention_mask=mask.to(network.device),
         use_cache=False,
     ).last_hidden_state
-    chances = _log_probabilities(loss.output_head(network), network.config.vocab_size, hidden, ids, spans)
+    chances = _log_probabilities(loss.Head.of(network), hidden, ids, spans)
     return [[next(chances).mean().item() for _ in row_spans] for row_spans in spans]
 
 
@@ -149,9 +149,7 @@ def _lay_out(row: int, prompt: list[int], answers: list[list[int]], ids, positio
     return spans
 
 
-def _log_probabilities(
-    head: Callable, vocabulary: int, hidden: torch.Tensor, ids: torch.Tensor, spans
-) -> Iterator[torch.Tensor]:
+def _log_probabilities(head: loss.Head, hidden: torch.Tensor, ids: torch.Tensor, spans) -> Iterator[torch.Tensor]:
     """The log-probabilities of each branch's tokens, the first of them read off the prompt's last position. Branches
     share the calls of the head (asked for one each, it took 0.4 of an evaluation), a chunk of logits at a time.
     """
@@ -160,8 +158,8 @@ def _log_probabilities(
     sources = [at for _, (count, start, stop) in flat for at in (count - 1, *range(start, stop - 1))]
     targets = torch.cat([ids[row, start:stop] for row, (_, start, stop) in flat])
     states, chances = hidden[rows, sources], []
-    for part in loss.chunks(len(states), vocabulary):
-        said = head(states[part]).float().log_softmax(-1)
+    for part in loss.chunks(len(states), head.vocabulary):
+        said = head.logits(states[part]).log_softmax(-1)
         chances.append(said.gather(1, targets[part].to(said.device).unsqueeze(1)).squeeze(1).cpu())
     return iter(torch.cat(chances).split([stop - start for _, (_, start, stop) in flat]))
 

@@ -2,7 +2,8 @@
 
 How: the output head is frozen, so the gradient of the hidden states is all a backward needs. It is computed chunk by
 chunk in the forward, while a chunk's logits exist, and kept (tokens x width) in place of the logits (tokens x
-vocabulary: for SmolLM2 85 times as large, for Llama-3 31 times). Tokens without a label are never multiplied with the
+vocabulary: for SmolLM2 85 times as large, for Llama-3 31 times). The gradient of a chunk's logits is written over
+them, so that one set exists; a 16-bit head is cast in pieces. Tokens without a label are never multiplied with the
 head.
 
 Two losses share this: cross entropy against labels, and, for replayed text, the divergence from what the base itself
@@ -17,85 +18,175 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-CHUNK_LOGITS = 2**25  # logits at once, 134 MB in fp32: for each chunk a 16-bit head is cast to fp32 again
+CHUNK_LOGITS = 2**24  # logits at once, 67 MB in fp32
+CHUNK_TOKENS = 256  # at least, whatever the vocabulary: the head is cast to fp32 for each chunk, an eighth of its time
 IGNORED = -100  # the label of a token that is not supervised, as in torch and transformers
 
 
-def chunks(tokens: int, vocabulary: int, sets: int = 1) -> Iterator[slice]:
-    """Slices of tokens for which `sets` sets of logits fit in CHUNK_LOGITS."""
-    size = max(1, CHUNK_LOGITS // sets // vocabulary)
+def chunk_tokens(vocabulary: int) -> int:
+    """How many tokens have their logits at once."""
+    return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
+
+
+def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of tokens whose logits exist at once."""
+    size = chunk_tokens(vocabulary)
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 
+class Head:
+    """Last hidden states (tokens, width) -> logits (tokens, vocabulary), and back.
+
+    The output embeddings, divided by Granite's `logits_scaling`, soft-capped as Gemma does: cap · tanh(logits / cap).
+    Exact for the ten families qmica knows of; where a model does something else, `of` finds that out.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.scaling = getattr(model.config, "logits_scaling", None) or 1.0
+        self.cap = getattr(model.config, "final_logit_softcapping", None)
+
+    @property
+    def linear(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    @property
+    def vocabulary(self) -> int:
+        return self.linear.out_features
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Head":
+        """The head of a transformers model, checked on a few tokens against the model's own logits when it is first
+        asked for; a model that disagrees gets its own.
+        """
+        if not hasattr(model, "qmica_head"):
+            ours = cls(model)
+            model.qmica_head = ours if _agrees(ours, model) else OwnHead(model)
+        return model.qmica_head
+
+    def run(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """The logits in fp32, in memory of their own, and the function from their gradient, which it uses up, to that
+        of hidden. No graph.
+        """
+        with torch.no_grad():
+            logits = self.linear(hidden).float()
+            if self.scaling != 1.0:
+                logits.div_(self.scaling)
+            capped = None
+            if self.cap is not None:
+                capped = logits.div_(self.cap).tanh_()
+                logits = capped * self.cap
+        return logits, lambda grad: self._back(grad, capped, hidden.dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.run(hidden)[0]
+
+    def _back(self, grad: torch.Tensor, capped: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        if capped is not None:  # d cap · tanh(u / cap) / du = 1 - tanh²
+            grad.mul_(capped.square_().neg_().add_(1))
+        if self.scaling != 1.0:
+            grad.div_(self.scaling)
+        back = getattr(self.linear, "back", None)  # a frozen linear's; a plain one is multiplied whole
+        return back(grad.to(dtype)) if back else grad.to(dtype) @ self.linear.weight.to(dtype)
+
+
+class OwnHead(Head):
+    """Whatever the model itself does behind its last hidden states: its forward is run with those put in."""
+
+    def run(self, hidden: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        with torch.enable_grad():
+            part = hidden.detach().requires_grad_()
+            logits = self._forward(part).float()
+        return logits.detach().clone(), lambda grad: torch.autograd.grad(logits, part, grad)[0]
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        given = BaseModelOutputWithPast(last_hidden_state=hidden.unsqueeze(0))
+        inner = self.model.base_model
+        inner.forward = lambda *_, **__: given
+        try:
+            return self.model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0]
+        finally:
+            del inner.forward
+
+
+def _agrees(head: Head, model: nn.Module) -> bool:
+    """Whether the head gives the model's own logits on a few tokens, to what rounding allows in the compute dtype."""
+    ids = torch.arange(min(8, head.vocabulary), device=head.linear.weight.device).unsqueeze(0)
+    seen = []
+    hook = model.base_model.register_forward_hook(lambda module, given, output: seen.append(output.last_hidden_state))
+    with evaluating(model), torch.no_grad():
+        try:
+            own = model(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            hook.remove()
+        error = (head.logits(seen[0][0]) - own).abs().max() / own.abs().max()
+    return error.item() <= 8 * torch.finfo(seen[0].dtype).eps
+
+
+# The loss of a chunk from its logits: the sum (nats), and its gradient, written over the logits.
+ChunkLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+
+
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of `chunk_loss(logits, rows)` over slices `rows`, logits = head(hidden[rows]). hidden: (tokens, width)."""
+    """Sum of `chunk_loss(logits, rows)` over chunks `rows` of hidden: (tokens, width)."""
 
     @staticmethod
-    def forward(ctx, hidden, head, chunk_loss, slices):
+    def forward(ctx, hidden, head, chunk_loss):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
-        grad = torch.empty_like(hidden) if wanted else None
-        for rows in slices:
-            with torch.set_grad_enabled(wanted):
-                part = hidden[rows].detach().requires_grad_(wanted)
-                loss = chunk_loss(head(part).float(), rows)
-            if wanted:
-                (grad[rows],) = torch.autograd.grad(loss, part)
-            total += loss.detach()
-        ctx.grad = grad
+        ctx.grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in chunks(len(hidden), head.vocabulary):
+            logits, back = head.run(hidden[rows])
+            value, grad = chunk_loss(logits, rows)
+            total += value
+            if ctx.grad is not None:
+                ctx.grad[rows] = back(grad)
+            del logits, back, grad  # before the next chunk's
         return total.float()
 
     @staticmethod
     def backward(ctx, upstream):
-        return ctx.grad * upstream.to(ctx.grad.dtype), None, None, None
+        return ctx.grad * upstream.to(ctx.grad.dtype), None, None
 
 
-def cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Callable, vocabulary: int) -> torch.Tensor:
+def cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
     """The cross entropies of head(hidden) against targets, summed (nats). hidden: (tokens, width); targets: (tokens,)
-    ids.
+    ids. Its gradient is the chances less one at the target.
     """
 
-    def of_chunk(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        return functional.cross_entropy(logits, targets[rows], reduction="sum")
+    def of_chunk(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = targets[rows].unsqueeze(1)
+        said, highest = logits.gather(1, wanted), logits.amax(1, keepdim=True)
+        total = logits.sub_(highest).exp_().sum(1, keepdim=True)
+        chances = logits.div_(total).scatter_add_(1, wanted, torch.full_like(said, -1.0))
+        return (highest + total.log() - said).sum(), chances
 
-    return _ChunkedLoss.apply(hidden, head, of_chunk, chunks(len(hidden), vocabulary))
+    return _ChunkedLoss.apply(hidden, head, of_chunk)
 
 
-def divergence(hidden: torch.Tensor, base: torch.Tensor, head: Callable, vocabulary: int) -> torch.Tensor:
+def divergence(hidden: torch.Tensor, base: torch.Tensor, head: Head) -> torch.Tensor:
     """KL(base ‖ tuned) of the next-token distributions, summed (nats). hidden, base: the last hidden states of both,
-    (tokens, width).
+    (tokens, width). Its gradient is the difference of their chances.
 
     Up to a constant this is the cross entropy on text drawn from the base itself, without the noise of drawing
     (Learning without Forgetting, arXiv 1606.09282, at temperature 1).
     """
 
-    def of_chunk(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = functional.log_softmax(head(base[rows]).float(), dim=-1)
-        said = functional.log_softmax(logits, dim=-1)
-        return functional.kl_div(said, wanted, reduction="sum", log_target=True)
+    def of_chunk(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = _log_chances_(head.logits(base[rows]))
+        said = _log_chances_(logits)
+        chances = wanted.exp()
+        value = torch.linalg.vecdot(chances, wanted.sub_(said)).sum()
+        return value, said.exp_().sub_(chances)
 
-    return _ChunkedLoss.apply(hidden, head, of_chunk, chunks(len(hidden), vocabulary, sets=2))
+    return _ChunkedLoss.apply(hidden, head, of_chunk)
 
 
-def output_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function from last hidden states (tokens, width) to logits (tokens, vocabulary) of a transformers model.
-
-    Exact for the ten families qmica knows of: the output embeddings, divided by Granite's `logits_scaling`,
-    soft-capped as Gemma does.
-    """
-    head = model.get_output_embeddings()
-    scaling = getattr(model.config, "logits_scaling", None) or 1.0
-    cap = getattr(model.config, "final_logit_softcapping", None)
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        values = head(hidden) / scaling if scaling != 1.0 else head(hidden)
-        return values if cap is None else cap * torch.tanh(values / cap)
-
-    return logits
+def _log_chances_(logits: torch.Tensor) -> torch.Tensor:
+    """log softmax, written over the logits."""
+    return logits.sub_(logits.logsumexp(1, keepdim=True))
 
 
 def hidden_states(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -113,7 +204,7 @@ def summed_loss(model: nn.Module, batch) -> torch.Tensor:
     targets = batch.labels[:, 1:]
     labelled = targets != IGNORED
     hidden = hidden_states(model, batch.input_ids, batch.position_ids)[:, :-1]
-    return cross_entropy(hidden[labelled], targets[labelled], output_head(model), model.config.vocab_size)
+    return cross_entropy(hidden[labelled], targets[labelled], Head.of(model))
 
 
 def held_losses(model: nn.Module, batch, base_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,11 +214,11 @@ def held_losses(model: nn.Module, batch, base_states: torch.Tensor) -> tuple[tor
     """
     targets = batch.labels[:, 1:]
     hidden = hidden_states(model, batch.input_ids, batch.position_ids)[:, :-1]
-    head, vocabulary = output_head(model), model.config.vocab_size
+    head = Head.of(model)
     replayed = _replayed(batch)
     learnt = (targets != IGNORED) & ~replayed
-    entropy = cross_entropy(hidden[learnt], targets[learnt], head, vocabulary)
-    return entropy, divergence(hidden[replayed], base_states, head, vocabulary)
+    entropy = cross_entropy(hidden[learnt], targets[learnt], head)
+    return entropy, divergence(hidden[replayed], base_states, head)
 
 
 def _replayed(batch) -> torch.Tensor:

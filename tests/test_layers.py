@@ -12,7 +12,18 @@ PACKAGE = Path(__file__).parents[1] / "qmica"
 
 LAYERS = (
     {"errors"},
-    {"config", "catalog", "durable", "loss", "gram", "architectures", "llamacpp", "gguf_file", "samples"},
+    {
+        "config",
+        "catalog",
+        "checkpointing",
+        "durable",
+        "loss",
+        "gram",
+        "architectures",
+        "llamacpp",
+        "gguf_file",
+        "samples",
+    },
     {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases"},
     {"linear", "data", "memory", "model"},

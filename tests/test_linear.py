@@ -175,15 +175,14 @@ def test_a_is_used_in_the_inputs_dtype_wherever_it_was_cast():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_only_its_input_is_saved(bits):
-    """What FACTS says of plain autograd: x, A and B, and the rank-wide product; nothing of the frozen base."""
+    """Plain autograd would save A and B besides (FACTS); nothing of the frozen base."""
     layer, x = adapted(bits), random(100, 64, seed=1).requires_grad_()
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.setdefault(t.data_ptr(), t) is None or t, lambda t: t
     ):
         layer(x)
-    sizes = sorted(tensor.numel() for tensor in saved.values())
-    assert sizes == sorted([x.numel(), layer.A.numel(), layer.B.numel()]), sizes
+    assert [tensor.numel() for tensor in saved.values()] == [x.numel()]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,5 +1,7 @@
 """The chunked losses against transformers' and torch's own: values, gradients, packed documents, heads that scale or cap."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -73,7 +75,8 @@ def gradients(model, value):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "granite", "gemma2"])
 @pytest.mark.parametrize("chunk", [7, 2**17])
 def test_values_and_gradients_are_transformers(kind, chunk, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * VOCABULARY)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 0)
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
     model = loud(kind)
     model.lm_head.requires_grad_(False)
     batch, alone = batch_of()
@@ -88,14 +91,49 @@ def test_values_and_gradients_are_transformers(kind, chunk, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["granite", "gemma2"])
 def test_a_head_that_forgets_its_property_is_seen(kind):
-    """The models above are loud enough: without the scaling, or the cap, the loss is another one."""
+    """Without the scaling, or the cap, the loss is another one: the models above are loud enough."""
     model = loud(kind)
     batch, alone = batch_of()
     theirs = theirs_of(model, alone).item()
-    name, value = {"granite": ("logits_scaling", 1.0), "gemma2": ("final_logit_softcapping", None)}[kind]
-    setattr(model.config, name, value)
+    model.qmica_head = loss.Head(model)
+    setattr(model.qmica_head, *{"granite": ("scaling", 1.0), "gemma2": ("cap", None)}[kind])
     moved = abs(loss.summed_loss(model, batch).item() - theirs) / theirs
     assert moved > 0.02, f"{moved:.1e}"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "granite", "gemma2"])
+def test_the_heads_of_the_families_agree_with_their_models(kind):
+    model = loud(kind)
+    batch, _ = batch_of()
+    loss.summed_loss(model, batch)
+    assert type(model.qmica_head) is loss.Head
+
+
+@pytest.mark.parametrize("chunk", [7, 2**17])
+def test_a_model_with_a_head_of_its_own_keeps_it(chunk, monkeypatch):
+    """One that doubles its logits, and says so nowhere: found at the first loss, values and gradients are its own."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 0)
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
+    model = loud("llama")
+    model.lm_head.requires_grad_(False)
+    plain = type(model).forward
+
+    class Doubled(type(model)):
+        def forward(self, *args, labels=None, **named):
+            output = plain(self, *args, **named)
+            output.logits = 2 * output.logits
+            if labels is not None:
+                output.loss = self.loss_function(output.logits, labels, VOCABULARY)
+            return output
+
+    model.__class__ = Doubled
+    batch, alone = batch_of()
+    ours, theirs = loss.summed_loss(model, batch), theirs_of(model, alone)
+    assert type(model.qmica_head) is loss.OwnHead
+    assert abs(ours.item() - theirs.item()) < 1e-6 * theirs.item()
+    mine, other = gradients(model, ours), gradients(model, theirs)
+    worst = max(((mine[name] - other[name]).norm() / other[name].norm()).item() for name in mine)
+    assert worst < 2e-5, f"{worst:.1e}"
 
 
 def test_documents_of_a_row_do_not_see_each_other():
@@ -118,17 +156,17 @@ def test_documents_of_a_row_do_not_see_each_other():
 def test_borders_of_chunks(tokens, dtype, monkeypatch):
     """Against one whole cross entropy, and no more logits at once than a chunk's."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 128 * 50)
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 1)
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(50, 16, generator=generator).to(dtype)
     hidden = torch.randn(tokens, 16, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(0, 50, (tokens,), generator=generator)
-    seen = []
-
-    def head(part):
-        seen.append(len(part))
-        return functional.linear(part, weight)
-
-    ours = loss.cross_entropy(hidden, targets, head, 50)
+    seen, linear = [], torch.nn.Linear(16, 50, bias=False)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear.register_forward_hook(lambda module, given, result: seen.append(len(given[0])))
+    ours = loss.cross_entropy(
+        hidden, targets, loss.Head(SimpleNamespace(get_output_embeddings=lambda: linear, config=None))
+    )
     (ours / 7).backward()
     assert sum(seen) == tokens and max(seen, default=0) <= 128 and ours.dtype == torch.float32
     twin = hidden.detach().clone().requires_grad_()
@@ -176,7 +214,8 @@ def naive(base, tuned, batch):
 @pytest.mark.parametrize("chunk", [7, 2**17])
 @pytest.mark.parametrize("replayed", [[(0, 30, 47)], [(0, 0, 30), (0, 30, 47), (1, 0, 40)]], ids=["one", "uneven rows"])
 def test_replayed_tokens_are_held_to_the_base(kind, chunk, replayed, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 2 * chunk * VOCABULARY)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 0)
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
     base, tuned = moved(kind)
     batch = with_replay(batch_of()[0], *replayed)
     ours, theirs = loss.held_losses(tuned, batch, loss.replayed_states(base, batch)), naive(base, tuned, batch)
@@ -215,6 +254,7 @@ def test_the_base_is_asked_about_replayed_tokens_alone():
 
 def test_a_row_without_labels_costs_no_head():
     model, calls = tiny_model("llama"), []
+    loss.Head.of(model)  # which runs the model once
     model.lm_head.register_forward_hook(lambda module, given, result: calls.append(len(given[0])))
     batch, _ = batch_of(share=0.0)
     assert loss.summed_loss(model, batch).item() == 0.0 and calls == []

@@ -1,0 +1,310 @@
+"""Steps of training against PEFT + bitsandbytes: tokens a second, CPU seconds, peak memory, losses, and the share of
+the machine's own matrix rate.
+
+    python scripts/bench_train.py --against peft                      # SmolLM2, 2 x 512 tokens, checkpointing on
+    python scripts/bench_train.py --against peft --no-grad-checkpoint
+    python scripts/bench_train.py --against lora                      # qmica's own LoRA
+    python scripts/bench_train.py --model FOLDER --batch-size 1 --length 256 --steps 2    # alone: any model
+    python scripts/bench_train.py --against peft --model FOLDER --batch-size 8 --length 2048 --device cuda
+
+How: each side runs in child processes of its own, in alternating pairs (ours first, theirs first, ...): load, attach,
+one step to warm up, then the steps that count, on the same token ids in the same batches, with no padding and no
+dropout. Both train rank 16 on all linears beside NF4 weights with double quantization and torch's AdamW (CUDA: paged
+8-bit), attend by sdpa and compute in the same dtype. qmica's side is the loop of `qmica train`; PEFT's is what its
+documentation gives for 4 bits (prepare_model_for_kbit_training, get_peft_model, non-reentrant checkpointing) and the
+model's own loss. Memory is the peak of anonymous memory less what it was after the imports (sampled every 5 ms); on
+CUDA the allocator's peak. FLOPs are counted as 2 a weight and token for each pass that the setting calls for: forward,
+backward, and with checkpointing the forward again; adapters, attention and dequantizing are not counted.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import chain
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is there: DESIGN's rule for benchmarks
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qmica import data, durable, memory, model, packing, quant, samples, source, tokenizer, training, weights
+from qmica.config import AdapterConfig, DataConfig, Job, ModelConfig, TrainingConfig
+from qmica.errors import QmicaError
+
+WARM_UP = 1
+TALL = Console(width=200)
+
+
+def main() -> None:
+    options = _options()
+    if options.child:
+        print(json.dumps(CHILDREN[options.child](options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        compare(options, Path(folder))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--against", choices=("peft", "lora"))
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5, help="that count, behind one that does not")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--child", choices=tuple(CHILDREN), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---- the parent
+
+
+def compare(options: argparse.Namespace, folder: Path) -> None:
+    """Run the sides alternately, print a row for each and the ratios."""
+    sides = ["qmica"] + ([options.against] if options.against else [])
+    arguments = sys.argv[1:]
+    if options.against == "peft":
+        arguments += ["--model", str(_as_folder(options.model, folder))]
+    found: dict[str, list[dict]] = {side: [] for side in sides}
+    for pair in range(options.pairs):
+        for side in sides if pair % 2 == 0 else reversed(sides):
+            command = [sys.executable, __file__, *arguments, "--child", side]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    checkpointing = "on" if options.grad_checkpoint else "off"
+    TALL.print(
+        f"{options.model}, {options.bits} bits, rank {options.rank}, {options.batch_size} x {options.length} tokens, "
+        f"checkpointing {checkpointing}, {options.device}; {options.pairs} runs of {options.steps} steps each, torch "
+        f"{torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    TALL.print(_table(found))
+    if options.against:
+        ours, theirs = (_summary(found[side]) for side in sides)
+        TALL.print(
+            f"qmica / {options.against}: tokens/s x {ours['speed'] / theirs['speed']:.2f}, CPU seconds x "
+            f"{ours['cpu'] / theirs['cpu']:.2f}, memory x {ours['memory'] / theirs['memory']:.2f}"
+        )
+
+
+def _as_folder(name: str, folder: Path) -> Path:
+    """The model as a folder of safetensors in bf16, which transformers can quantize itself."""
+    found = source.resolve(name)
+    if found.kind != "gguf":
+        return found.folder
+    opened = weights.open_weights(found)
+    place = folder / "model"
+    place.mkdir()
+    weights.write_sharded(opened, place, torch.bfloat16)
+    durable.write_json(place / "config.json", opened.config)
+    tokenizer.load(found).save_pretrained(place)
+    return place
+
+
+def _summary(runs: list[dict]) -> dict[str, float]:
+    """Medians over all steps of all runs; the highest memory."""
+    rates = [run["rate"] for run in runs]
+    seconds = list(chain.from_iterable(run["seconds"] for run in runs))
+    speed = runs[0]["tokens"] / statistics.median(seconds)
+    return {
+        "speed": speed,
+        "slowest": runs[0]["tokens"] / max(seconds),
+        "fastest": runs[0]["tokens"] / min(seconds),
+        "cpu": statistics.median(chain.from_iterable(run["cpu"] for run in runs)),
+        "memory": statistics.median(run["peak"] for run in runs),
+        "share": speed * runs[0]["flops"] / statistics.median(rates),
+        "rate": statistics.median(rates),
+    }
+
+
+def _table(found: dict[str, list[dict]]) -> Table:
+    table = Table("", "tokens/s (range)", "CPU s a step", "peak memory", "losses", "matrix rate used", "of")
+    for side, runs in found.items():
+        is_ = _summary(runs)
+        losses = runs[0]["losses"]
+        table.add_row(
+            side,
+            f"{is_['speed']:.0f} ({is_['slowest']:.0f}-{is_['fastest']:.0f})",
+            f"{is_['cpu']:.2f}",
+            durable.size_text(is_["memory"]),
+            f"{losses[0]:.4f} ... {losses[-1]:.4f}",
+            f"{is_['share']:.0%}",
+            f"{is_['rate'] / 1e9:.0f} GFLOP/s",
+        )
+    return table
+
+
+# ---- the children
+
+
+def run_qmica(options: argparse.Namespace, method: str = "mica") -> dict:
+    """Steps of the loop of `qmica train`."""
+    before = _start(options.device)
+    memory.keep_freed_memory()
+    job = _job(options, method)
+    accelerator = training._accelerator(job)
+    with memory.peak(accelerator.device) as peak:
+        found = source.resolve(options.model)
+        network = training._load(job, found, accelerator.device, lambda text: None, None)
+        prepared = data.Prepared(_examples(options, found, network.config.vocab_size), None, None, None)
+        loop = training.Loop(job, None, network, prepared, accelerator)
+        network.train()
+        return _measured(options, network, lambda: loop.update()["loss"], peak, before)
+
+
+def run_lora(options: argparse.Namespace) -> dict:
+    return run_qmica(options, "lora")
+
+
+def run_peft(options: argparse.Namespace) -> dict:
+    """Steps of LoRA by PEFT beside bitsandbytes' 4-bit linears, as PEFT's guide to quantization has it."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    before = _start(options.device)
+    device = torch.device(options.device)
+    dtype = model.choose_dtype("auto", device)
+    with memory.peak(device) as peak:
+        four = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        network = AutoModelForCausalLM.from_pretrained(
+            options.model, quantization_config=four, dtype=dtype, device_map={"": options.device}
+        )
+        network = prepare_model_for_kbit_training(
+            network, options.grad_checkpoint, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", lora_dropout=0.0)
+        network = get_peft_model(network, lora)
+        network.config.use_cache = False
+        trained = [part for part in network.parameters() if part.requires_grad]
+        name = "paged_adamw_8bit" if device.type == "cuda" else "adamw"
+        optimizer = quant.OPTIMIZERS[name](trained, 1e-3, training.BETAS, 0.01, device)
+        examples = _examples(options, source.resolve(options.model), network.config.vocab_size)
+        job = _job(options, "lora")
+        stream = training.Stream(data.Prepared(examples, None, None, None), job.data, job.training)
+        network.train()
+        steps = iter(range(WARM_UP + options.steps))
+
+        def step() -> float:
+            batch = packing.to(stream[next(steps)], device)
+            loss = network(input_ids=batch.input_ids, labels=batch.labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()
+
+        return _measured(options, network, step, peak, before)
+
+
+def _job(options: argparse.Namespace, method: str) -> Job:
+    return Job(
+        ModelConfig(options.model, bits=options.bits, device=options.device),
+        AdapterConfig(rank=options.rank, method=method),
+        DataConfig(max_seq_length=options.length),
+        TrainingConfig(
+            steps=WARM_UP + options.steps,
+            batch_size=options.batch_size,
+            grad_checkpoint=options.grad_checkpoint,
+            schedule="constant",
+            warmup=0,
+        ),
+    )
+
+
+def _start(device: str) -> int:
+    """Bytes held after the imports."""
+    return memory.measure(torch.device(device))
+
+
+def _examples(options: argparse.Namespace, found: source.Source, vocabulary: int) -> packing.Examples:
+    """Whole windows of the bundled texts; of random tokens where the model has no tokenizer."""
+    count = options.batch_size * (WARM_UP + options.steps)
+    try:
+        tokens = tokenizer.load(found)
+    except QmicaError:
+        ids = np.random.default_rng(0).integers(vocabulary, size=count * options.length, dtype=np.int32)
+        supervised = np.arange(len(ids)) % options.length > 0
+        return packing.Examples(
+            ids, supervised, np.arange(count + 1) * options.length, np.arange(count, dtype=np.int32)
+        )
+    texts = (*samples.ALMANAC, *samples.REPLAY)
+    read = data.prepare(texts, tokens, max_seq_length=options.length, say=lambda text: None).train
+    whole = np.flatnonzero(read.lengths == options.length)[:count]
+    return read.select(np.isin(np.arange(len(read)), whole))
+
+
+def _measured(options: argparse.Namespace, network: torch.nn.Module, step, peak, before: int) -> dict:
+    """Run the steps; what they took, and what a matrix product takes right after them."""
+    seconds, cpu, losses = [], [], []
+    for _ in range(WARM_UP + options.steps):
+        began, used = time.perf_counter(), time.process_time()
+        losses.append(step())
+        if options.device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - used)
+    tokens = options.batch_size * options.length
+    return {
+        "seconds": seconds[WARM_UP:],
+        "cpu": cpu[WARM_UP:],
+        "losses": losses,
+        "peak": peak() - (before if options.device == "cpu" else 0),
+        "tokens": tokens,
+        "flops": _flops(network.config, options),
+        "rate": _matrix_rate(network.config, options),
+    }
+
+
+def _flops(config, options: argparse.Namespace) -> float:
+    """FLOPs a token of the weights' own products."""
+    empty = model.on_meta(config, torch.float32)
+    inside = sum(
+        part.weight.numel() for name, part in empty.named_modules() if quant.is_linear(part) and ".layers." in name
+    )
+    head = empty.get_output_embeddings().weight.numel()
+    return 2 * ((3 if options.grad_checkpoint else 2) * inside + 2 * head)
+
+
+def _matrix_rate(config, options: argparse.Namespace) -> float:
+    """FLOPs a second of the batch times a matrix of the feed-forward's shape, in the dtype of the run: the median of
+    as many as take about a second.
+    """
+    device = torch.device(options.device)
+    dtype = model.choose_dtype("auto", device)
+    x = torch.randn(options.batch_size * options.length, config.hidden_size, device=device, dtype=dtype)
+    w = torch.randn(config.intermediate_size, config.hidden_size, device=device, dtype=dtype)
+    y = torch.empty(len(x), len(w), device=device, dtype=dtype)
+    took, until = [], time.perf_counter() + 1
+    while time.perf_counter() < until or len(took) < 3:
+        began = time.perf_counter()
+        torch.mm(x, w.T, out=y)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return 2 * len(x) * w.numel() / statistics.median(took)
+
+
+CHILDREN = {"qmica": run_qmica, "lora": run_lora, "peft": run_peft}
+
+
+if __name__ == "__main__":
+    main()
