@@ -91,9 +91,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(model.base_model.layers)
 
 
-def set_modes(model: nn.Module, modes: Sequence[str]) -> None:
-    """Have each decoder layer keep what its mode says, in training mode. modes: one of MODES a layer."""
+def set_modes(model: nn.Module, modes: Sequence[str]) -> bool:
+    """Have each decoder layer keep what its mode says, in training mode. modes: one of MODES a layer. Whether any of
+    them had another one before.
+    """
+    changed = False
     for layer, mode in zip(decoder_layers(model), modes, strict=True):
+        changed |= getattr(layer, "qmica_mode", None) != mode
+        layer.qmica_mode = mode
         layer.gradient_checkpointing = mode != "plain"
         more = {"context_fn": _contexts} if mode == "products" else {}
         layer._gradient_checkpointing_func = functools.partial(torch_checkpoint.checkpoint, use_reentrant=False, **more)
+    return changed

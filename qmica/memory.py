@@ -6,7 +6,9 @@ drop at any time. What it gives up: the plan is an estimate from above for activ
 1.3 (without activation checkpointing) to 1.8 times what a run took.
 """
 
+import contextlib
 import ctypes
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +115,21 @@ def available(device: torch.device) -> int:
     import psutil  # comes with accelerate; only where /proc is missing (macOS, Windows)
 
     return psutil.virtual_memory().available
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether an allocation failed: CUDA has an error of its own for that, torch's CPU allocator a text."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def give_back(device: torch.device) -> None:
+    """Return what was freed to the driver or the kernel, so that it can be cut anew."""
+    gc.collect()  # an error's traceback may hold tensors in a cycle
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure(device: torch.device) -> int:

@@ -77,6 +77,20 @@ def to(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **moved)
 
 
+def parts(batch: Batch, count: int) -> list[Batch]:
+    """The batch in at most `count` parts of about as many rows; together they have its labels."""
+    rows = -(-len(batch.input_ids) // count)
+    return [_rows(batch, slice(start, start + rows)) for start in range(0, len(batch.input_ids), rows)]
+
+
+def _rows(batch: Batch, place: slice) -> Batch:
+    """Some of the batch's rows; `tokens` counts their padding."""
+    cut = {name: getattr(batch, name)[place] for name in ("input_ids", "position_ids", "labels", "replayed")}
+    supervised = cut["labels"] != IGNORED
+    counts = int(supervised.sum()), int((supervised & cut["replayed"]).sum()), cut["labels"].numel()
+    return Batch(**cut, **dict(zip(("supervised", "replays", "tokens"), counts, strict=True)))
+
+
 def window_lengths(tokens: int, size: int) -> list[int]:
     """Cut `tokens` into windows of `size`; a lone last token, which nothing could predict, gets one from before it."""
     lengths = [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)

@@ -17,7 +17,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -31,6 +31,7 @@ from torch import nn
 from qmica import (
     adapter,
     bases,
+    checkpointing,
     data,
     durable,
     loss,
@@ -165,6 +166,7 @@ class Loop:
         self.window = window
         self.total = math.ceil(self.batches / window)
         self.step, self.tokens, self.peak = 0, 0, 0
+        self.parts = 1  # in how many parts a batch is computed: more once memory has run out
         self.stop_asked = False
 
     # -- one step
@@ -191,13 +193,12 @@ class Loop:
         what replay was held to (nats), and the tokens of the latter.
         """
         sums = [0.0, 0.0, 0.0]
-        for batch in batches:
-            learnt, held, count = self._losses(packing.to(batch, self.accelerator.device))
-            part = (learnt + self.job.data.replay_weight * held) / supervised
-            self._require_finite(part, "loss")
-            self.accelerator.backward(part)
+        for part in (part for batch in batches for part in packing.parts(batch, self.parts)):
+            learnt, held, count = self._losses(packing.to(part, self.accelerator.device))
+            share = (learnt + self.job.data.replay_weight * held) / supervised
+            self._require_finite(share, "loss")
+            self.accelerator.backward(share)
             sums = [sums[0] + learnt.item(), sums[1] + held.item(), sums[2] + count]
-            self.tokens += batch.tokens * self.accelerator.num_processes
         return sums
 
     def _losses(self, batch: packing.Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -227,11 +228,16 @@ class Loop:
         """One step: its loss (nats a learnt token) and what replay was held to (nats a token), where it had such
         tokens; learning rate and gradient norm.
         """
-        torch.manual_seed(self.options.seed * 1_000_003 + self.step)  # dropout is a function of the step
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
         batches, supervised = self._own(self.step)
-        sums = torch.tensor(self._backward(batches, supervised), device=self.accelerator.device)
+
+        def backward() -> list[float]:
+            torch.manual_seed(self.options.seed * 1_000_003 + self.step)  # dropout is a function of the step
+            return self._backward(batches, supervised)
+
+        sums = torch.tensor(self._fitting(backward), device=self.accelerator.device)
+        self.tokens += sum(batch.tokens for batch in batches) * self.accelerator.num_processes
         for parameter in self.trained.values():
             if self.accelerator.num_processes > 1:
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # a short last window
@@ -252,30 +258,57 @@ class Loop:
             "grad_norm": norm.item(),
         }
 
-    def rehearse(self) -> float:
-        """Run the longest batch of the first epoch forward and backward, updating nothing: seconds a token.
+    # -- memory that runs out
 
-        What does not fit in memory fails here and not after hours. Raises QmicaError where a GPU's is too small.
+    def rehearse(self) -> float:
+        """Run the longest batch of the first epoch forward and backward, updating nothing, and the longest one of the
+        validation: seconds a token.
+
+        What does not fit in memory shows here and not after hours.
         """
-        epoch = self.stream.first_epoch
-        some = (epoch[i] for i in range(min(len(epoch), 64)))
-        longest = max(some, key=lambda batch: (batch.input_ids.numel(), batch.replays))  # replay is computed twice
-        tokens, seconds = self.tokens, []
+        longest = _longest(self.stream.first_epoch)
         self.network.train()  # activations are checkpointed in training mode only
-        try:
-            for _ in range(2):  # the first one also pays for first use
-                began = time.perf_counter()
-                self._backward([longest], longest.supervised)
-                seconds.append(time.perf_counter() - began)
-        except torch.OutOfMemoryError as error:
-            raise QmicaError(
-                f"a batch of {' x '.join(map(str, longest.input_ids.shape))} tokens does not fit into the memory of "
-                f"{self.accelerator.device}: a smaller --max-seq-length, --batch-size or --bits takes less"
-            ) from error
+        seconds = []
+        for _ in range(2):  # the first one also pays for first use
+            began = time.perf_counter()
+            self._fitting(lambda: self._backward([longest], longest.supervised))
+            seconds.append(time.perf_counter() - began)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.prepared.validation is not None:
+            self._fitting(lambda: self._mean_loss([_longest(self._validation_batches())]))
         self.network.eval()
-        self.tokens = tokens
         return min(seconds) / longest.tokens
+
+    def _fitting(self, compute: Callable):
+        """What compute() gives; where memory runs out it is called again, with less to hold at once."""
+        while True:
+            try:
+                return compute()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not memory.ran_out(error):
+                    raise
+            self._take_less()  # not inside `except`, where the failed call's tensors still live
+
+    def _take_less(self) -> None:
+        """Compute batches in twice as many parts, or recompute all layers. Raises QmicaError where both are done."""
+        self.optimizer.zero_grad(set_to_none=True)
+        memory.give_back(self.accelerator.device)
+        where = f"memory ran out at step {self.step + 1}"
+        layers = len(checkpointing.decoder_layers(self.network))
+        if self.parts < self.options.batch_size:
+            self.parts = min(2 * self.parts, self.options.batch_size)
+            self.accelerator.print(
+                f"{where}: from here on a batch is computed in {self.parts} parts, with the same result"
+            )
+        elif checkpointing.set_modes(self.network, ["checkpoint"] * layers):
+            self.accelerator.print(
+                f"{where}: from here on the backward computes every layer again, with the same result"
+            )
+        else:
+            raise QmicaError(
+                f"{where}: one row of {self.job.data.max_seq_length} tokens does not fit into that of "
+                f"{self.accelerator.device}: a smaller --max-seq-length, --rank or --bits takes less"
+            )
 
     # -- saving and going on
 
@@ -338,7 +371,14 @@ class Loop:
         return {"val_loss": self.validation_loss()} if held is not None and due else {}
 
     def validation_loss(self) -> float:
-        batches = packing.batches(
+        return self._fitting(lambda: self._mean_loss(self._validation_batches()))
+
+    def _mean_loss(self, batches: Iterable[packing.Batch]) -> float:
+        parts = (part for batch in batches for part in packing.parts(batch, self.parts))
+        return loss.mean_loss(self.network, (packing.to(part, self.accelerator.device) for part in parts))
+
+    def _validation_batches(self) -> packing.Epoch:
+        return packing.batches(
             self.prepared.validation,
             seed=0,
             epoch=0,
@@ -346,7 +386,6 @@ class Loop:
             max_seq_length=self.job.data.max_seq_length,
             packing=self.job.data.packing,
         )
-        return loss.mean_loss(self.network, (packing.to(batch, self.accelerator.device) for batch in batches))
 
     def _log(self, row: dict) -> None:
         if self.accelerator.is_main_process:
@@ -356,6 +395,13 @@ class Loop:
 
 
 # ---- parts of a step
+
+
+def _longest(epoch: packing.Epoch) -> packing.Batch:
+    """The largest of the first 64 batches; replay is computed twice."""
+    some = (epoch[i] for i in range(min(len(epoch), 64)))
+    return max(some, key=lambda batch: (batch.input_ids.numel(), batch.replays))
+
 
 SCHEDULES = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -493,8 +539,8 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
         adapter.attach(network, job.adapter, job.training.seed, _patient(say, "subspaces"))
         seconds = progress.duration(time.perf_counter() - began)
         say(f"{job.adapter.method} attached: {seconds}{_where_from(network.qmica_subspaces)}")
-    if job.training.grad_checkpoint:
-        network.activation_checkpointing_enable()
+    layers = len(checkpointing.decoder_layers(network))
+    checkpointing.set_modes(network, ["checkpoint" if job.training.grad_checkpoint else "plain"] * layers)
     return network
 
 

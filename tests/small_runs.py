@@ -10,7 +10,7 @@ from pathlib import Path
 import tiny
 from accelerate import Accelerator
 
-from qmica import adapter, data, model, runs, source, tokenizer, training
+from qmica import adapter, checkpointing, data, model, runs, source, tokenizer, training
 from qmica.config import Job
 
 TIMING = ("tokens_per_s", "peak_bytes")  # what may differ between two equal runs
@@ -76,9 +76,18 @@ def loop(flags: dict, folder, **changes) -> training.Loop:
     )
     network = model.load(found, parts.model.bits, parts.model.dtype, "cpu")
     adapter.attach(network, parts.adapter, parts.training.seed)
-    if parts.training.grad_checkpoint:
-        network.activation_checkpointing_enable()
+    mode = "checkpoint" if parts.training.grad_checkpoint else "plain"
+    checkpointing.set_modes(network, [mode] * network.config.num_hidden_layers)
     return training.Loop(parts, runs.Run(Path(folder)), network, prepared, Accelerator(cpu=True))
+
+
+def starve(nbytes: float) -> None:
+    """Let this process have so much more memory of its own (RLIMIT_DATA counts what is private and written)."""
+    import resource
+
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    limit = int(status["VmData"].split()[0]) * 1024 + int(nbytes)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def result(run: runs.Run) -> bytes:

@@ -137,7 +137,11 @@ def test_what_is_kept(kind):
     Counted from the tensors that are alive after a forward.
     """
     config = adapted(kind).config
-    width, inner, head = config.hidden_size, config.intermediate_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width, inner, head = (
+        config.hidden_size,
+        config.intermediate_size,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
     rotated, once = config.num_attention_heads * head, config.num_key_value_heads * head
     found = {mode: kept(lambda layers: adapted(kind, layers=layers), mode) for mode in checkpointing.MODES}
     assert found["checkpoint"] == pytest.approx(width, rel=0.02), found
