@@ -5,6 +5,7 @@ A default stands here and nowhere else, the docstring under a field is its --hel
 model is checked in `__post_init__`, all problems at once. Literals only: nothing here imports torch.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from math import inf
@@ -194,6 +195,41 @@ class TrainingConfig:
             (self.save_every >= 0, f"--save-every {self.save_every}: give 0 or more"),
             (self.seed >= 0, f"--seed {self.seed}: give 0 or more"),
         )
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def _nbytes(text: str) -> float:
+    """Bytes of a size as people write it: 8GB, 7.5G, 8GiB, 900MB; a plain number is GB. 0 for nonsense."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        return 0
+    number, unit, binary = found.groups()
+    return float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or "g")
+
+
+@Parameter(name="*", group=Group("Memory", sort_key=5))
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What a run may take."""
+
+    memory: str | None = None
+    """Bytes it may hold at a time: 8GB, 8GiB, 900MB, or a number of GB; left out: what is free."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "memory", None if self.memory is None else str(self.memory))
+        _require(
+            (
+                self.memory is None or _nbytes(self.memory) > 0,
+                f"--memory {self.memory}: give a size such as 8GB, 7.5G, 8GiB or 900MB, or a number of GB",
+            )
+        )
+
+    @property
+    def nbytes(self) -> int | None:
+        """The budget in bytes; None for what is free."""
+        return None if self.memory is None else int(_nbytes(self.memory))
 
 
 @dataclass(frozen=True)

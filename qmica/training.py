@@ -84,7 +84,7 @@ def train(
     adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
-    plan = memory.plan(empty, job.model.bits, job.adapter, job.training, job.data.max_seq_length, compute)
+    plan = memory.plan(_case(job, empty, prepared, accelerator.device, compute))
     memory.require_fit(plan, accelerator.device, say)
     network = _load(job, found, accelerator.device, say, run if resume else None)
     run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
@@ -113,20 +113,12 @@ class Stream:
     """The endless stream of an epoch's batches after another's: `stream[k]` is a function of the seed and k alone."""
 
     def __init__(self, prepared: data.Prepared, options: DataConfig, training: TrainingConfig):
-        self._arguments = {
-            "examples": prepared.train,
-            "seed": training.seed,
-            "batch_size": training.batch_size,
-            "max_seq_length": options.max_seq_length,
-            "packing": options.packing,
-            "replay": prepared.replay,
-            "replay_ratio": options.replay_ratio if prepared.replay else 0.0,
-        }
+        self._arguments = prepared, options, training
         self._starts = [0]  # of the epochs met so far; their lengths differ a little with packing
         self._epoch = self._make(0)
 
     def _make(self, number: int) -> tuple[int, packing.Epoch]:
-        epoch = packing.batches(**self._arguments, epoch=number)
+        epoch = data.epoch(*self._arguments, number)
         if number + 1 == len(self._starts):
             self._starts.append(self._starts[-1] + len(epoch))
         return number, epoch
@@ -266,7 +258,7 @@ class Loop:
 
         What does not fit in memory shows here and not after hours.
         """
-        longest = _longest(self.stream.first_epoch)
+        longest = packing.longest(self.stream.first_epoch)
         self.network.train()  # activations are checkpointed in training mode only
         seconds = []
         for _ in range(2):  # the first one also pays for first use
@@ -275,7 +267,7 @@ class Loop:
             seconds.append(time.perf_counter() - began)
         self.optimizer.zero_grad(set_to_none=True)
         if self.prepared.validation is not None:
-            self._fitting(lambda: self._mean_loss([_longest(self._validation_batches())]))
+            self._fitting(lambda: self._mean_loss([packing.longest(self._validation_batches())]))
         self.network.eval()
         return min(seconds) / longest.tokens
 
@@ -397,12 +389,6 @@ class Loop:
 # ---- parts of a step
 
 
-def _longest(epoch: packing.Epoch) -> packing.Batch:
-    """The largest of the first 64 batches; replay is computed twice."""
-    some = (epoch[i] for i in range(min(len(epoch), 64)))
-    return max(some, key=lambda batch: (batch.input_ids.numel(), batch.replays))
-
-
 SCHEDULES = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "linear": lambda done: 1 - done,
@@ -506,25 +492,18 @@ def _interruptible(loop: Loop) -> Iterator[None]:
 
 
 def _read_data(job: Job, tokens, say: Callable[[str], None]) -> data.Prepared:
-    options = job.data
-    if not options.data:
+    if not job.data.data:
         say("no --data: learning the bundled almanac, of people, places and crafts that exist nowhere else")
-    prepared = data.prepare(
-        options.data or samples.ALMANAC,
-        tokens,
-        max_seq_length=options.max_seq_length,
-        format=options.format,
-        packing=options.packing,
-        mask_prompt=options.mask_prompt,
-        val_split=options.val_split,
-        replay=samples.REPLAY if options.replay == ("sample",) else options.replay,
-        replay_ratio=options.replay_ratio,
-        seed=job.training.seed,
-        say=say,
-    )
+    prepared = data.prepare_for(job.data, tokens, job.training.seed, say)
     for line in prepared.summary.lines():
         say(line)
     return prepared
+
+
+def _case(job: Job, empty: nn.Module, prepared: data.Prepared, device: torch.device, compute) -> memory.Case:
+    """What the run's memory follows from: its longest batch is known by now."""
+    rows = memory.Rows.of(packing.longest(Stream(prepared, job.data, job.training).first_epoch))
+    return memory.Case(empty, job.model.bits, job.adapter, job.training, rows, compute, device.type)
 
 
 def _load(job: Job, found: source.Source, device: torch.device, say: Callable, run: runs.Run | None) -> nn.Module:

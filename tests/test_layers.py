@@ -27,8 +27,19 @@ LAYERS = (
     {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases"},
     {"linear", "data", "memory", "model"},
-    {"adapter"},
-    {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory", "compensation", "spectra"},
+    {"adapter", "pace"},
+    {
+        "training",
+        "evaluation",
+        "merging",
+        "exporting",
+        "chatting",
+        "doctor",
+        "inventory",
+        "compensation",
+        "spectra",
+        "planning",
+    },
     {"__init__", "__main__", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
