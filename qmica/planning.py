@@ -46,6 +46,7 @@ def plan(
     job = Job(model_config, adapter_config, data_config, training_config)
     if job.model.threads:
         torch.set_num_threads(job.model.threads)
+    memory.keep_freed_memory()  # as in training, whose speed is estimated
     device = model.choose_device(job.model.device)
     compute = model.choose_dtype(job.model.dtype, device)
     headers, empty = _opened(job.model, compute)

@@ -46,6 +46,7 @@ from qmica import (
     tokenizer,
 )
 from qmica.config import AdapterConfig, DataConfig, Job, ModelConfig, TrainingConfig
+from qmica.durable import size_text
 from qmica.errors import QmicaError
 
 BETAS = (0.9, 0.999)
@@ -95,13 +96,15 @@ def train(
         _require_same(run, record)
         loop.restore(checkpoint)
         say(f"going on after step {loop.step}, from {checkpoint.folder}")
-    _tell(job, network, loop, empty.num_parameters(), say)
+    expected = _tell(job, network, loop, empty.num_parameters(), say)
     prompt = job.training.probe or _first_words(prepared, tokens)
     before = _answer(network, tokens, prompt, tuned=False)
     if resume is None and accelerator.is_main_process:
         run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose
     _start_tracker(accelerator, job, run)
+    began = time.perf_counter()
     loop.run()
+    _compare(plan, loop.peak, expected, time.perf_counter() - began, say)
     if accelerator.is_main_process:
         adapter.save_adapter(network, run.adapter)
         tokens.save_pretrained(run.adapter)
@@ -576,8 +579,8 @@ def _record(job: Job, network: nn.Module, prepared: data.Prepared, optimizer: st
     }
 
 
-def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[str], None]) -> None:
-    """What will be trained beside how many frozen weights, how, and how long it will take."""
+def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[str], None]) -> float:
+    """What will be trained beside how many frozen weights, how, and how long it will take: seconds, returned too."""
     count = sum(part.numel() for part in loop.trained.values())
     layers = sum(1 for _ in adapter.layers(network))
     say(
@@ -586,10 +589,18 @@ def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[
     )
     seconds = loop.rehearse()
     epoch = loop.stream.first_epoch
-    tokens = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
+    expected = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
     window = "1 batch" if loop.window == 1 else f"{loop.window} batches"
     steps = f"{loop.total} steps of {window}, optimizer {loop.optimizer_name}"
-    say(f"{steps}: about {progress.duration(tokens)}")
+    say(f"{steps}: about {progress.duration(expected)}")
+    return expected
+
+
+def _compare(plan: memory.Plan, peak: int, expected: float, took: float, say: Callable[[str], None]) -> None:
+    """What was planned against what it came to, each a ratio."""
+    say(f"memory: planned {size_text(plan.total)}, measured {size_text(peak)} ({plan.total / max(peak, 1):.2f})")
+    planned, taken = progress.duration(expected), progress.duration(took)
+    say(f"time: planned {planned}, took {taken} ({expected / took:.2f})")
 
 
 def _first_words(prepared: data.Prepared, tokens) -> str:

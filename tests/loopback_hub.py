@@ -55,7 +55,8 @@ class Repo:
 class LoopbackHub:
     """The server, running inside a `with` block.
 
-    url: its address. requests: (method, path) of everything asked since `forget`. cut_after: if set, a file's
+    url: its address. requests: (method, path) of everything asked since `forget`; sent: file name -> bytes of its
+    content that were. cut_after: if set, a file's
     connection is closed after so many bytes of its body, `cuts` times. status: if set, every answer has this HTTP
     status.
     """
@@ -63,6 +64,7 @@ class LoopbackHub:
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
+        self.sent: dict[str, int] = {}
         self.cut_after: int | None = None
         self.cuts = 0
         self.status: int | None = None
@@ -99,6 +101,7 @@ class LoopbackHub:
     def forget(self) -> None:
         """Empty the log."""
         self.requests.clear()
+        self.sent.clear()
 
     def downloads(self) -> list[str]:
         """The names of the files whose content was asked for, sorted; one asked for twice (resumed) stands twice."""
@@ -241,27 +244,29 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(one, {"ETag": f'"{one.etag}"', "Accept-Ranges": "bytes"})
 
     def _send(self, one: File, headers: dict[str, str]) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
+        stop = min(int(asked[2]) + 1, one.size) if asked and asked[2] else one.size
         self.send_response(206 if asked else 200)
         if asked:
-            self.send_header("Content-Range", f"bytes {start}-{one.size - 1}/{one.size}")
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{one.size}")
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(one.size - start))
+        self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         if self.command == "GET":
-            self._send_body(one, start)
+            self._send_body(one, start, stop)
 
-    def _send_body(self, one: File, start: int) -> None:
-        hub, end = self.server.hub, one.size
-        if hub.cut_after is not None and hub.cuts > 0 and one.size - start > hub.cut_after:
+    def _send_body(self, one: File, start: int, stop: int) -> None:
+        hub = self.server.hub
+        if hub.cut_after is not None and hub.cuts > 0 and stop - start > hub.cut_after:
             hub.cuts -= 1
-            end = start + hub.cut_after
+            stop = start + hub.cut_after
             self.close_connection = True
+        hub.sent[one.path.name] = hub.sent.get(one.path.name, 0) + stop - start
         with open(one.path, "rb") as file:
             file.seek(start)
-            while start < end and (piece := file.read(min(PIECE, end - start))):
+            while start < stop and (piece := file.read(min(PIECE, stop - start))):
                 self.wfile.write(piece)
                 start += len(piece)
 

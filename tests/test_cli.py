@@ -109,7 +109,12 @@ def test_train_hands_over_its_flags(jobs):
 
 
 def test_plan_takes_the_flags_of_train(jobs, tmp_path):
-    assert cli.main("plan -m 7b --bits 8 -r 32 -d a.txt --steps 7 --memory 8GB --json".split()) == 0
+    assert (
+        cli.main(
+            ["plan", "-m", "7b", "--bits", "8", "-r", "32", "-d", "a.txt", "--steps", "7", "--memory", "8GB", "--json"]
+        )
+        == 0
+    )
     expected = (
         ModelConfig(model="7b", bits=8),
         AdapterConfig(rank=32),
