@@ -15,7 +15,7 @@ LAYERS = (
     {"config", "catalog", "durable", "loss", "gram", "architectures", "llamacpp", "gguf_file", "samples"},
     {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases"},
-    {"linear", "data", "memory", "model"},
+    {"linear", "data", "memory", "model", "streaming"},
     {"adapter"},
     {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory", "compensation", "spectra"},
     {"__init__", "__main__", "cli"},
