@@ -155,18 +155,20 @@ def inspect(model: str | Path | None = None, **options: Any) -> dict:
 def load(model: str | Path = "smollm2-135m", **options: Any) -> tuple[Module, PreTrainedTokenizerBase]:
     """A transformers model with frozen, quantized linears, and its tokenizer.
 
-    model: as for --model. options: the other fields of ModelConfig (`bits`, `dtype`, `device`, `revision`, `threads`).
+    model: as for --model. options: the other fields of ModelConfig (`bits`, `dtype`, `device`, `stream`, `revision`,
+    `threads`).
     """
     import torch
 
-    from qmica import config, source, tokenizer
+    from qmica import config, source, streaming, tokenizer
     from qmica import model as models
 
     (plan,) = _split("load", {**options, "model": str(model)}, config.ModelConfig)
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     found = source.resolve(plan.model, plan.revision)
-    return models.load(found, plan.bits, plan.dtype, plan.device), tokenizer.load(found)
+    loaded = models.load(found, plan.bits, plan.dtype, plan.device, stream=plan.stream)
+    return streaming.start(loaded, plan.stream), tokenizer.load(found)
 
 
 def attach(model: Module, *, seed: int = 0, **options: Any) -> Module:

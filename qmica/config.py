@@ -46,6 +46,8 @@ class ModelConfig:
     """What the arithmetic is done in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto: CUDA where there is one."""
+    stream: Literal["none", "host", "disk"] = "none"
+    """Keep two decoder layers' weights on the device, the rest in host memory (for a GPU) or in a file on the disk."""
     threads: int | None = None
     """CPU threads; left out: all cores."""
 

@@ -46,9 +46,17 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, bits: int, adapter: AdapterConfig, training: TrainingConfig, length: int, compute: torch.dtype
+    model: nn.Module,
+    bits: int,
+    adapter: AdapterConfig,
+    training: TrainingConfig,
+    length: int,
+    compute: torch.dtype,
+    streamed: bool = False,
 ) -> Plan:
-    """The bytes that training this model (on the meta device) takes, with rows of `length` tokens."""
+    """The bytes that training this model (on the meta device) takes, with rows of `length` tokens. streamed: two
+    decoder layers' weights are held at a time.
+    """
     linears = {name: module for name, module in model.named_modules() if quant.is_linear(module)}
     adapted = targets.select(linears, adapter.targets)
     size = compute.itemsize
@@ -57,7 +65,7 @@ def plan(
     tokens = training.batch_size * length
     return Plan(
         {
-            "weights": _weights(model, linears, bits),
+            "weights": _weights(model, linears, bits, min(1, 2 / model.config.num_hidden_layers) if streamed else 1),
             "adapter": sum(out for out, _ in rows) * adapter.rank * 2 + trained * 4,
             "gradients and optimizer": trained * 4 * 3,  # gradient and AdamW's two moments in fp32
             "activations": _activations(model, linears, tokens, size, training.grad_checkpoint),
@@ -68,12 +76,13 @@ def plan(
     )
 
 
-def _weights(model: nn.Module, linears: dict[str, nn.Module], bits: int) -> float:
-    """The frozen weights: linears of decoder layers in `bits`, all else in 16 bits."""
+def _weights(model: nn.Module, linears: dict[str, nn.Module], bits: int, share: float) -> float:
+    """The frozen weights: linears of decoder layers in `bits`, a share of them; all else in 16 bits."""
     quantized = {f"{name}.weight" for name in linears if not targets.stays_16bit(name)}
     total = 0
     for name, parameter in model.named_parameters():
-        total += quant.FORMATS[bits].count_bytes(*parameter.shape) if name in quantized else 2 * parameter.numel()
+        packed = name in quantized
+        total += share * quant.FORMATS[bits].count_bytes(*parameter.shape) if packed else 2 * parameter.numel()
     return total
 
 

@@ -72,6 +72,12 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def require_stream(stream: str, device: torch.device) -> None:
+    """Raises QmicaError where the weights cannot be streamed that way to this device."""
+    if (stream, device.type) == ("host", "cpu"):
+        raise QmicaError("--stream host is for a GPU: a CPU's weights are in host memory already, use --stream disk")
+
+
 def read_config(source: Source) -> PretrainedConfig:
     """The transformers config of a source; a GGUF's is built from its own metadata. Raises QmicaError for an
     unsupported family.
@@ -97,13 +103,17 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    stream: str = "none",
 ) -> nn.Module:
     """The source's model with frozen weights: linears of decoder layers in `bits`, the rest in 16 bits, computing in
     `dtype`.
 
-    progress(done, total) is called after each weight. Raises QmicaError for files that do not make up the model.
+    stream: where not none, the linears of decoder layers are left in host memory, for `streaming.start` to bring to the
+    device. progress(done, total) is called after each weight. Raises QmicaError for files that do not make up the
+    model.
     """
     chosen = choose_device(device)
+    require_stream(stream, chosen)
     compute = choose_dtype(dtype, chosen)
     config = read_config(source)
     config.quantization_config = None  # what bitsandbytes quantized is loaded by this walk, not by transformers
@@ -111,7 +121,7 @@ def load(
     model = on_meta(config, compute)
     weights = open_weights(source)
     _check_names(model, weights, source)
-    _fill(model, weights, bits, compute, chosen, progress)
+    _fill(model, weights, bits, compute, chosen, progress, on_host=stream != "none")
     model.tie_weights()
     for module in model.modules():
         if quant.is_linear(module):
@@ -161,7 +171,15 @@ def _check_names(model: nn.Module, weights: Weights, source: Source) -> None:
         raise QmicaError(f"{source.name} is not a whole model: {'; '.join(problems + wrong[:3])}")
 
 
-def _fill(model: nn.Module, weights: Weights, bits: int, compute: torch.dtype, device: torch.device, progress) -> None:
+def _fill(
+    model: nn.Module,
+    weights: Weights,
+    bits: int,
+    compute: torch.dtype,
+    device: torch.device,
+    progress,
+    on_host: bool = False,
+) -> None:
     """Read each tensor once, put it where it belongs, forget it."""
     expected = sorted(_expected(model))
     read = 0
@@ -170,7 +188,10 @@ def _fill(model: nn.Module, weights: Weights, bits: int, compute: torch.dtype, d
         module = model.get_submodule(path)
         if quant.is_linear(module):
             if kind == "weight":  # the bias comes with it
-                model.set_submodule(path, _linear(module, weights, name, bits, compute, device))
+                linear = _linear(module, weights, name, bits, compute, device)
+                if on_host and not targets.stays_16bit(name):
+                    quant.keep_on_host(linear)
+                model.set_submodule(path, linear)
         elif isinstance(module, nn.Embedding):
             _fill_embedding(module, weights[name].load(), compute, device)
         else:

@@ -18,7 +18,7 @@ Formats: NF4 is blocks of 64 weights with double-quantized scales (QLoRA, arXiv 
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +49,15 @@ class FrozenLinear:
     """What a frozen linear adds to its storage class. x: (..., in) -> (..., out); x's dtype is the compute dtype.
 
     A format defines `rows(start, stop, dtype) -> (stop - start, in)`, the weight as it computes, `dequantize(dtype)` of
-    all rows, and `stored()`, the tensors that hold it.
+    all rows, `stored()`, the tensors that hold it, and its inverse `point(tensors)`.
     """
+
+    computes_on: torch.device | None = None  # where its tensors are brought for each use, if they live elsewhere
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and what belongs to it (bias, adapter) is; between uses its weight may be elsewhere."""
+        return self.computes_on or self.weight.device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return FrozenMatmul.apply(x, self)
@@ -125,6 +132,12 @@ class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
         nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
         return [self.weight.data, state.absmax, state.code, *nested]
 
+    def point(self, tensors: Sequence[torch.Tensor]) -> None:
+        state = self.weight.quant_state  # the same object as self.quant_state
+        self.weight.data, state.absmax, state.code = tensors[:3]
+        if state.nested:
+            state.state2.absmax, state.state2.code, state.offset = tensors[3:]
+
 
 def _scales(state, first: int, last: int) -> torch.Tensor:
     """The fp32 scales of blocks first to last; of nested ones, first is where a block of scales begins."""
@@ -150,6 +163,10 @@ class Int8Linear(FrozenLinear, bnb.nn.Linear8bitLt):
     def stored(self) -> list[torch.Tensor]:
         return [self.weight.data, self.weight.SCB]
 
+    def point(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.weight.data, self.weight.SCB = tensors
+        self.weight.CB = self.weight.data  # a second name of it, which would keep what it pointed at before
+
 
 class HalfLinear(FrozenLinear, nn.Linear):
     """An `nn.Linear` in 16 bits (or fp32, where a caller brings such a model), cast to the compute dtype for each
@@ -164,6 +181,9 @@ class HalfLinear(FrozenLinear, nn.Linear):
 
     def stored(self) -> list[torch.Tensor]:
         return [self.weight.data]
+
+    def point(self, tensors: Sequence[torch.Tensor]) -> None:
+        (self.weight.data,) = tensors
 
 
 class HalfEmbedding(nn.Embedding):
@@ -215,6 +235,12 @@ def _ready_8bit(module: nn.Module) -> None:
 _READY = {bnb.nn.Linear4bit: _ready_4bit, bnb.nn.Linear8bitLt: _ready_8bit}
 
 
+def keep_on_host(linear: FrozenLinear) -> None:
+    """Its weight goes to host memory; bias and adapter belong to the device where it computes."""
+    linear.computes_on = linear.device
+    linear.point([part.cpu() for part in linear.stored()])
+
+
 def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight of a linear as it computes, (out, in)."""
     return freeze(module).dequantize(dtype)
@@ -241,9 +267,11 @@ class Stored:
     def digest(self) -> str:
         return store.digest(self.linear.stored())
 
-    def held(self) -> "Stored":
-        """Itself: dequantizing rows is a tenth of what is done with them."""
-        return self
+    def held(self) -> "Stored | torch.Tensor":
+        """Itself: dequantizing rows is a tenth of what is done with them. A weight that lives on the host is
+        dequantized there once.
+        """
+        return self if self.linear.weight.device == self.linear.device else self.linear.dequantize()
 
 
 def _empty(kind: type, weight: torch.Tensor, **options) -> nn.Module:

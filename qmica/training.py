@@ -43,6 +43,7 @@ from qmica import (
     runs,
     samples,
     source,
+    streaming,
     tokenizer,
 )
 from qmica.config import AdapterConfig, DataConfig, Job, ModelConfig, TrainingConfig
@@ -78,13 +79,15 @@ def train(
     memory.keep_freed_memory()
     accelerator = _accelerator(job)
     say = accelerator.print
+    model.require_stream(job.model.stream, accelerator.device)
     found = source.resolve(job.model.model, job.model.revision, say)
     compute = model.choose_dtype(job.model.dtype, accelerator.device)
     empty = model.on_meta(model.read_config(found), compute)
     adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
-    plan = memory.plan(empty, job.model.bits, job.adapter, job.training, job.data.max_seq_length, compute)
+    streamed = job.model.stream != "none"
+    plan = memory.plan(empty, job.model.bits, job.adapter, job.training, job.data.max_seq_length, compute, streamed)
     memory.require_fit(plan, accelerator.device, say)
     network = _load(job, found, accelerator.device, say, run if resume else None)
     run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
@@ -530,7 +533,10 @@ def _read_data(job: Job, tokens, say: Callable[[str], None]) -> data.Prepared:
 def _load(job: Job, found: source.Source, device: torch.device, say: Callable, run: runs.Run | None) -> nn.Module:
     """The base with a fresh adapter, or (run) with the adapter of its last checkpoint."""
     began = time.perf_counter()
-    network = model.load(found, job.model.bits, job.model.dtype, str(device))
+    stream = job.model.stream
+    network = streaming.start(
+        model.load(found, job.model.bits, job.model.dtype, str(device), stream=stream), stream, say
+    )
     say(f"loaded {found.id} in {job.model.bits} bits: {progress.duration(time.perf_counter() - began)}")
     began = time.perf_counter()
     if run is not None:

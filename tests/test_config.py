@@ -28,6 +28,7 @@ DEFAULTS = {
         "--bits": 4,
         "--dtype": "auto",
         "--device": "auto",
+        "--stream": "none",
         "--threads": None,
     },
     AdapterConfig: {
