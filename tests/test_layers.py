@@ -12,11 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "qmica"
 
 LAYERS = (
     {"errors"},
-    {"config", "catalog", "durable", "loss", "gram", "architectures", "llamacpp", "gguf_file", "samples"},
+    {"config", "catalog", "durable", "loss", "gram", "architectures", "llamacpp", "gguf_file", "samples", "mapping"},
     {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases"},
-    {"linear", "data", "memory", "model"},
-    {"adapter"},
+    {"linear", "data", "memory", "quantized"},
+    {"model"},
+    {"adapter", "window"},
     {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory", "compensation", "spectra"},
     {"__init__", "__main__", "cli"},
 )
