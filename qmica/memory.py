@@ -6,8 +6,6 @@ drop at any time. What it gives up: the plan is an estimate from above for activ
 1.3 (without activation checkpointing) to 1.8 times what a run took.
 """
 
-import contextlib
-import ctypes
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -18,15 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qmica import loss, quant, targets
+from qmica import allocator, loss, quant, targets
 from qmica.config import AdapterConfig, TrainingConfig
 from qmica.durable import size_text
 from qmica.errors import QmicaError
 
 IMPORTS = 0.45e9  # anonymous memory of the process after importing torch, transformers and bitsandbytes (measured)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -99,20 +94,6 @@ def _activations(model: nn.Module, linears: dict[str, nn.Module], tokens: int, s
     return tokens * size * config.hidden_size * layers + 2 * one_layer
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of giving it back to the kernel, which then has to clear it again.
-
-    A forward frees and takes the same buffers of a few MB in every layer; measured on SmolLM2 on a CPU, a third of the
-    time of an evaluation was the kernel clearing 260 GB of pages. Elsewhere than on glibc nothing is done.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
-
-
 def available(device: torch.device) -> int:
     """Bytes that can still be taken on a device."""
     if device.type == "cuda":
@@ -137,8 +118,7 @@ def give_back(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        allocator.give_back()
 
 
 def measure(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns about a download that nobody asked for
 
@@ -265,7 +266,8 @@ class Stored:
         return self.linear.rows(start, stop)
 
     def digest(self) -> str:
-        return store.digest(self.linear.stored())
+        """Where the loader knows it from the cache, nothing is read: of 7B that is 4 GB."""
+        return getattr(self.linear, "known_digest", None) or store.digest(self.linear.stored())
 
     def held(self) -> "Stored | torch.Tensor":
         """Itself: dequantizing rows is a tenth of what is done with them. A weight that lives on the host is
@@ -331,6 +333,45 @@ def _make_half(weight: torch.Tensor, device: torch.device) -> nn.Module:
     return linear
 
 
+def _nf4_parts(linear: nn.Module) -> dict[str, torch.Tensor]:
+    stats = linear.weight.quant_state.as_dict(packed=True)
+    state = stats[_NF4_STATE]
+    # what JSON does not mind: the scales' mean, whose digits differ, would make the length another for each weight
+    stats[_NF4_STATE] = functional.pad(state, (0, _STATE_BYTES - len(state)), value=ord(" "))
+    return {"weight": linear.weight.data, **{f"weight.{name}": part for name, part in stats.items()}}
+
+
+def _nf4_layout(out: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    blocks = -(-out * columns // 64)
+    return {
+        "weight": ((-(-out * columns // 2), 1), torch.uint8),
+        "weight.absmax": ((blocks,), torch.uint8),
+        "weight.quant_map": ((16,), torch.float32),
+        "weight.nested_absmax": ((-(-blocks // 256),), torch.float32),
+        "weight.nested_quant_map": ((256,), torch.float32),
+        f"weight.{_NF4_STATE}": ((_STATE_BYTES,), torch.uint8),
+    }
+
+
+_NF4_STATE, _STATE_BYTES = "quant_state.bitsandbytes__nf4", 256  # JSON of 170 bytes and the digits of the shape
+
+
+def _int8_parts(linear: nn.Module) -> dict[str, torch.Tensor]:
+    return {"weight": linear.weight.data, "SCB": linear.weight.SCB}
+
+
+def _int8_layout(out: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {"weight": ((out, columns), torch.int8), "SCB": ((out,), torch.float32)}
+
+
+def _half_parts(linear: nn.Module) -> dict[str, torch.Tensor]:
+    return {"weight": linear.weight.data}
+
+
+def _half_layout(out: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {"weight": ((out, columns), torch.bfloat16)}
+
+
 def _nf4_bytes(count: int) -> int:
     blocks = -(-count // 64)
     return -(-count // 2) + blocks + 4 * -(-blocks // 256)  # codes, 8-bit scales, and their fp32 scales
@@ -338,17 +379,21 @@ def _nf4_bytes(count: int) -> int:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store a frozen linear."""
+    """A way to store a frozen linear. parts: the tensors of a linear as bitsandbytes saves it, by their names after
+    the module's path, `weight` first; layout: their shapes and dtypes, known before anything is quantized.
+    """
 
     name: str
     make: Callable[[torch.Tensor, torch.device], nn.Module]
     count_bytes: Callable[[int, int], int]  # (out, in) -> bytes
+    parts: Callable[[nn.Module], dict[str, torch.Tensor]]
+    layout: Callable[[int, int], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # (out, in) -> name: (shape, dtype)
 
 
 FORMATS: Mapping[int, Format] = {
-    4: Format("NF4", _make_nf4, lambda out, columns: _nf4_bytes(out * columns)),
-    8: Format("int8", _make_int8, lambda out, columns: out * columns + 4 * out),
-    16: Format("bf16", _make_half, lambda out, columns: 2 * out * columns),
+    4: Format("NF4", _make_nf4, lambda out, columns: _nf4_bytes(out * columns), _nf4_parts, _nf4_layout),
+    8: Format("int8", _make_int8, lambda out, columns: out * columns + 4 * out, _int8_parts, _int8_layout),
+    16: Format("bf16", _make_half, lambda out, columns: 2 * out * columns, _half_parts, _half_layout),
 }
 
 

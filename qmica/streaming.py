@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from qmica import quant
+from qmica import checkpointing, quant, window
 from qmica.durable import size_text
 from qmica.errors import QmicaError
 
@@ -37,19 +37,21 @@ ALIGNED = 256  # bytes: where a tensor may begin in a slot; as cudaMalloc aligns
 
 def start(model: nn.Module, stream: str, say: Callable[[str], None] = lambda text: None) -> nn.Module:
     """Stream the decoder layers of a model that `model.load(..., stream=stream)` made, in place; none: nothing is done.
-    Before or after an adapter is attached. Returns the model.
+    After an adapter is attached, as the search for subspaces reads all weights. Returns the model.
 
-    Raises QmicaError where the host has not enough memory to pin.
+    Raises QmicaError where the host has not enough memory to pin, or a CPU's weights are not views of a file.
     """
     if stream == "none":
         return model
-    layers = model.base_model.layers
+    layers = checkpointing.decoder_layers(model)
     device = next(part.device for part in layers.modules() if isinstance(part, quant.FrozenLinear))
+    size = size_text(sum(part.nbytes for layer in layers for part in _weights(layer)))
     if device.type == "cpu":
-        return _from_file(model)
+        window.attach(model)
+        say(f"weights: {size} in {len(layers)} decoder layers on the disk, two layers at a time in memory")
+        return model
     stream_layers(layers, SideStream(device) if stream == "host" else Staged(device))
-    size = sum(part.nbytes for part in _weights(layers))
-    say(f"weights: {size_text(size)} in {len(layers)} decoder layers on the {stream}, two layers at a time on {device}")
+    say(f"weights: {size} in {len(layers)} decoder layers on the {stream}, two layers at a time on {device}")
     return model
 
 
@@ -59,11 +61,6 @@ def stream_layers(layers: Sequence[nn.Module], mover: "Mover") -> "Streamer":
     if mover.gathers:
         _gather(blocks, mover)
     return Streamer(layers, blocks, mover)
-
-
-def _from_file(model: nn.Module) -> nn.Module:
-    """`--stream disk` on a CPU."""
-    raise QmicaError("--stream disk does not work on a CPU yet: leave it out, or use a GPU")
 
 
 def _linears(layer: nn.Module) -> list[quant.FrozenLinear]:

@@ -30,6 +30,7 @@ from torch import nn
 
 from qmica import (
     adapter,
+    allocator,
     bases,
     checkpointing,
     data,
@@ -76,7 +77,7 @@ def train(
         durable.require_empty(job.training.out)
     if job.model.threads:
         torch.set_num_threads(job.model.threads)
-    memory.keep_freed_memory()
+    allocator.keep_freed()
     accelerator = _accelerator(job)
     say = accelerator.print
     model.require_stream(job.model.stream, accelerator.device)
@@ -534,9 +535,7 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
     """The base with a fresh adapter, or (run) with the adapter of its last checkpoint."""
     began = time.perf_counter()
     stream = job.model.stream
-    network = streaming.start(
-        model.load(found, job.model.bits, job.model.dtype, str(device), stream=stream), stream, say
-    )
+    network = model.load(found, job.model.bits, job.model.dtype, str(device), stream=stream)
     say(f"loaded {found.id} in {job.model.bits} bits: {progress.duration(time.perf_counter() - began)}")
     began = time.perf_counter()
     if run is not None:
@@ -547,7 +546,7 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
         say(f"{job.adapter.method} attached: {seconds}{_where_from(network.qmica_subspaces)}")
     layers = len(checkpointing.decoder_layers(network))
     checkpointing.set_modes(network, ["checkpoint" if job.training.grad_checkpoint else "plain"] * layers)
-    return network
+    return streaming.start(network, stream, say)
 
 
 def _patient(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:

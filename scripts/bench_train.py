@@ -36,7 +36,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qmica import data, durable, memory, model, packing, quant, samples, source, tokenizer, training, weights
+from qmica import allocator, data, durable, memory, model, packing, quant, samples, source, tokenizer, training, weights
 from qmica.config import AdapterConfig, DataConfig, Job, ModelConfig, TrainingConfig
 from qmica.errors import QmicaError
 
@@ -154,7 +154,7 @@ def _table(found: dict[str, list[dict]]) -> Table:
 def run_qmica(options: argparse.Namespace, method: str = "mica") -> dict:
     """Steps of the loop of `qmica train`."""
     before = _start(options.device)
-    memory.keep_freed_memory()
+    allocator.keep_freed()
     job = _job(options, method)
     accelerator = training._accelerator(job)
     with memory.peak(accelerator.device) as peak:

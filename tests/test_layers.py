@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "qmica"
 LAYERS = (
     {"errors"},
     {
+        "allocator",
         "config",
         "catalog",
         "checkpointing",
@@ -22,11 +23,13 @@ LAYERS = (
         "architectures",
         "llamacpp",
         "gguf_file",
+        "mapping",
         "samples",
     },
     {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases"},
-    {"linear", "data", "memory", "model", "streaming"},
+    {"linear", "data", "memory", "quantized", "window"},
+    {"model", "streaming"},
     {"adapter"},
     {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory", "compensation", "spectra"},
     {"__init__", "__main__", "cli"},
