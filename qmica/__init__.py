@@ -39,6 +39,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "open_run",
+    "plan",
     "save_adapter",
     "train",
 ]
@@ -83,6 +84,14 @@ def train(*, resume: str | Path | Run | None = None, **options: Any) -> Run:
 
     folder = resume.folder if isinstance(resume, runs.Run) else runs.find(resume).folder
     return training.train(*(kind() for kind in kinds), folder)
+
+
+def plan(**options: Any) -> dict:
+    """What `train` with the same options will take: memory, disk and time; the numbers of `qmica plan --json`."""
+    from qmica import config, planning
+
+    kinds = (config.ModelConfig, config.AdapterConfig, config.DataConfig, config.TrainingConfig)
+    return planning.plan(*_split("plan", options, *kinds), False)
 
 
 def eval(run: str | Path | Run | None = None, **options: Any) -> dict:

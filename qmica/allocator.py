@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+MAPPED_FROM = 2**25  # bytes: the most that glibc allows for M_MMAP_THRESHOLD; larger tensors are mapped one by one
 _NOT_GLIBC = (AttributeError, OSError, TypeError)
 
 
@@ -16,7 +17,7 @@ def keep_freed() -> None:
     with contextlib.suppress(*_NOT_GLIBC):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM)
 
 
 def give_back() -> None:

@@ -121,6 +121,36 @@ def train(
 @app.command(
     sort_key=2,
     help_epilogue=_examples(
+        "qmica plan",
+        "qmica plan --model 7b --memory 8GB --max-seq-length 2048",
+        "qmica plan -m Qwen/Qwen2.5-7B -d notes.txt --no-grad-checkpoint --json",
+        "qmica plan -c runs/notes/config.json --bits 8",
+    ),
+)
+def plan(
+    *,
+    model: ModelConfig = _MODEL,
+    adapter: AdapterConfig = _ADAPTER,
+    data: DataConfig = _DATA,
+    training: TrainingConfig = _TRAINING,
+    as_json: Json = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Say what training with these flags takes: memory, disk and time. Nothing is loaded or downloaded.
+
+    Parameters
+    ----------
+    as_json: bool
+        Print the numbers as JSON.
+    """
+    from qmica import planning
+
+    planning.plan(model, adapter, data, training, as_json)
+
+
+@app.command(
+    sort_key=3,
+    help_epilogue=_examples(
         "qmica eval",
         "qmica eval runs/notes --data held-out.txt --questions questions.jsonl --json",
         "qmica eval --gguf notes.Q4_K_M.gguf --gguf base.gguf+notes.adapter.gguf",
@@ -151,7 +181,7 @@ def eval(
 
 
 @app.command(
-    sort_key=3,
+    sort_key=4,
     help_epilogue=_examples(
         "qmica chat",
         'qmica chat runs/notes/notes.Q4_K_M.gguf --prompt "Who keeps the lighthouse?"',
@@ -179,7 +209,7 @@ def chat(
 
 
 @app.command(
-    sort_key=4,
+    sort_key=5,
     help_epilogue=_examples("qmica merge", "qmica merge runs/notes --out notes-merged --base quantized"),
 )
 def merge(
@@ -209,7 +239,7 @@ def merge(
 
 
 @app.command(
-    sort_key=5,
+    sort_key=6,
     help_epilogue=_examples(
         "qmica export --quant Q4_K_M",
         "qmica export runs/notes --adapter --out notes.adapter.gguf",
@@ -235,7 +265,7 @@ def export(
 
 
 @app.command(
-    sort_key=6,
+    sort_key=7,
     help_epilogue=_examples(
         "qmica inspect",
         "qmica inspect 7b --targets attn --bits 4 --rank 32",
@@ -264,7 +294,7 @@ def inspect(
     spectra.inspect(model, config, as_json)
 
 
-@app.command(sort_key=7, help_epilogue=_examples("qmica models", "qmica models --json"))
+@app.command(sort_key=8, help_epilogue=_examples("qmica models", "qmica models --json"))
 def models(*, as_json: Json = False) -> None:
     """List the models that have a short name, and what is on this disk.
 
@@ -279,7 +309,7 @@ def models(*, as_json: Json = False) -> None:
     print(json.dumps(found, indent=2)) if as_json else inventory.show(found)
 
 
-@app.command(sort_key=8, help_epilogue=_examples("qmica doctor", "qmica doctor --json"))
+@app.command(sort_key=9, help_epilogue=_examples("qmica doctor", "qmica doctor --json"))
 def doctor(*, as_json: Json = False) -> None:
     """Say what this machine can do: versions, devices, memory, and whether each engine really works.
 
@@ -386,12 +416,16 @@ def read_flags(path: Path, verb: str) -> dict[str, object]:
     if not isinstance(values, dict):
         raise QmicaError(f"-c {path} holds a {type(values).__name__}: give lines of `flag: value`")
     named = {str(key): value for key, value in values.items()}
-    if isinstance(named.get(verb), dict):
-        return {str(key): value for key, value in named[verb].items()}
+    mine = next((name for name in (verb, _LIKE.get(verb)) if isinstance(named.get(name), dict)), None)
+    if mine is not None:
+        return {str(key): value for key, value in named[mine].items()}
     others = [key for key, value in named.items() if key in app and isinstance(value, dict)]
     if others:
         raise QmicaError(f"-c {path} has flags for {', '.join(others)} and none for {verb}")
     return named
+
+
+_LIKE = {"plan": "train"}  # a verb that takes another one's flags from a file
 
 
 def _parsed(path: Path) -> object:

@@ -5,6 +5,7 @@ A default stands here and nowhere else, the docstring under a field is its --hel
 model is checked in `__post_init__`, all problems at once. Literals only: nothing here imports torch.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from math import inf
@@ -29,6 +30,18 @@ def _require(*checks: tuple[bool, str]) -> None:
 def _as_tuple(value: str | Path | Sequence) -> tuple[str, ...]:
     """One path or several, as the Python API takes them."""
     return (str(value),) if isinstance(value, str | Path) else tuple(str(part) for part in value)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def _nbytes(text: str) -> float:
+    """Bytes of a size as people write it: 8GB, 7.5G, 8GiB, 900MB; a plain number is GB. 0 for nonsense."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        return 0
+    number, unit, binary = found.groups()
+    return float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or "g")
 
 
 @Parameter(name="*", group=Group("Model", sort_key=1))
@@ -167,8 +180,10 @@ class TrainingConfig:
     """AdamW's decoupled weight decay."""
     clip: float = 1.0
     """Largest norm of a gradient; 0: not clipped."""
-    grad_checkpoint: bool = True
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    memory: str | None = None
+    """Bytes the run may hold: 8GB, 8GiB, 900MB, or a number of GB; left out: four fifths of what is free."""
+    grad_checkpoint: bool | None = None
+    """Recompute every layer's activations in the backward: least memory, a third more time; left out: as --memory has it."""
     eval_every: int = 0
     """Steps between validation losses (needs --val-split); 0: at the end only."""
     save_every: int = 100
@@ -183,12 +198,17 @@ class TrainingConfig:
     """A prompt answered before and after training; left out: the start of the first document."""
 
     def __post_init__(self):
+        object.__setattr__(self, "memory", None if self.memory is None else str(self.memory))
         _require(
             (0 < self.lr < inf, f"--lr {self.lr}: give more than 0"),
             (0 < self.epochs < inf, f"--epochs {self.epochs}: give more than 0"),
             (self.steps is None or self.steps > 0, f"--steps {self.steps}: give 1 or more"),
             (self.batch_size > 0, f"--batch-size {self.batch_size}: give 1 or more"),
             (self.grad_accum > 0, f"--grad-accum {self.grad_accum}: give 1 or more"),
+            (
+                self.memory is None or _nbytes(self.memory) > 0,
+                f"--memory {self.memory}: give a size such as 8GB, 7.5G, 8GiB or 900MB, or a number of GB",
+            ),
             (0 <= self.warmup < 1, f"--warmup {self.warmup}: give 0 or more and less than 1"),
             (0 <= self.weight_decay < inf, f"--weight-decay {self.weight_decay}: give 0 or more"),
             (self.clip >= 0, f"--clip {self.clip}: give 0 or more"),
@@ -196,6 +216,11 @@ class TrainingConfig:
             (self.save_every >= 0, f"--save-every {self.save_every}: give 0 or more"),
             (self.seed >= 0, f"--seed {self.seed}: give 0 or more"),
         )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """--memory in bytes; None for what is free."""
+        return None if self.memory is None else int(_nbytes(self.memory))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from qmica import samples
+from qmica.config import DataConfig, TrainingConfig
 from qmica.errors import QmicaError
-from qmica.packing import REPLAY_DRAWS, Examples, draw_replay, replay_tokens, split, window_lengths
+from qmica.packing import REPLAY_DRAWS, Epoch, Examples, batches, draw_replay, replay_tokens, split, window_lengths
 from qmica.records import Document, read
 
 CHUNK = 1 << 18  # characters tokenized at once: 30 MB of text take 0.2 GB; in one piece 6.1 GB, in the same time
@@ -387,3 +389,34 @@ def prepare(
         replay_available=len(general.ids) if general else 0,
     )
     return Prepared(train, validation, general, summary)
+
+
+def prepare_for(options: DataConfig, tokenizer, seed: int, say: Callable[[str], None] = print) -> Prepared:
+    """What a run's options name, the bundled almanac where they name nothing. Raises QmicaError as `prepare`."""
+    return prepare(
+        options.data or samples.ALMANAC,
+        tokenizer,
+        max_seq_length=options.max_seq_length,
+        format=options.format,
+        packing=options.packing,
+        mask_prompt=options.mask_prompt,
+        val_split=options.val_split,
+        replay=samples.REPLAY if options.replay == ("sample",) else options.replay,
+        replay_ratio=options.replay_ratio,
+        seed=seed,
+        say=say,
+    )
+
+
+def epoch(prepared: Prepared, options: DataConfig, training: TrainingConfig, number: int = 0) -> Epoch:
+    """The batches of one epoch, a function of the seed and its number."""
+    return batches(
+        prepared.train,
+        seed=training.seed,
+        epoch=number,
+        batch_size=training.batch_size,
+        max_seq_length=options.max_seq_length,
+        packing=options.packing,
+        replay=prepared.replay,
+        replay_ratio=options.replay_ratio if prepared.replay else 0.0,
+    )

@@ -1,27 +1,133 @@
-"""How much memory a training run will take, before anything is loaded, and how much it takes.
+"""How much memory a training run takes, by part and before anything is loaded; and how much it holds.
 
-How: `plan` adds up bytes by part from shapes alone (a model on the meta device); `measure` reads what the process
-holds now. On a CPU that is anonymous memory (RssAnon): resident size counts mapped file pages that the kernel can
-drop at any time. What it gives up: the plan is an estimate from above for activations; measured on a small model it is
-1.3 (without activation checkpointing) to 1.8 times what a run took.
+How: `plan` adds up parts (PARTS: one small function each) from shapes alone, a model on the meta device. What a
+decoder layer keeps for its backward is a list of its tensors, `layer_tensors`, which a test compares with what autograd
+says that it saved. `measure` reads what the process holds now. On a CPU that is anonymous memory (RssAnon): resident
+size counts mapped file pages too, which the kernel can drop at any time.
+
+A step has two peaks: the loss, with one chunk's logits, and the backward of the last layer, both on top of what the
+layers keep. On a CPU glibc holds more than that. torch asks for memory aligned to 64 bytes, and glibc (to 2.41 at
+least) fills such a request only from a hole that is 96 bytes larger: a tensor does not fit where one of its size has
+been. How large the holes grow is measured (scripts/check_plan.py), by two factors: for what layers keep, and for what
+comes and goes within a layer.
+
+What it gives up: tensors of 32 MB and more are taken to leave no holes, as `allocator.keep_freed` has them mapped; and
+what loading and subspaces take for a moment.
 """
 
+import functools
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from qmica import allocator, loss, quant, targets
+from qmica.checkpointing import MODES
 from qmica.config import AdapterConfig, TrainingConfig
 from qmica.durable import size_text
 from qmica.errors import QmicaError
 
-IMPORTS = 0.45e9  # anonymous memory of the process after importing torch, transformers and bitsandbytes (measured)
+PLAIN, PRODUCTS, CHECKPOINT = MODES
+
+
+# fitted by scripts/check_plan.py on a CPU
+IMPORTS = 0.34e9  # bytes of the process with torch, transformers and bitsandbytes imported
+WORD = 1500  # bytes of the tokenizer a token of the vocabulary
+HOLES_KEPT, HOLES_PASSING = 1.6, 3.5  # what glibc holds for each byte that layers keep, and that comes and goes
+
+
+# ---- what is planned
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch: `count` rows of `length` tokens. packed: several documents in a row, kept apart by a mask."""
+
+    count: int
+    length: int
+    packed: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.length
+
+    @classmethod
+    def of(cls, batch) -> "Rows":
+        """Those of a packing.Batch."""
+        packed = bool((batch.position_ids.diff(dim=1) != 1).any())
+        return cls(*batch.input_ids.shape, packed)
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that the bytes of a run follow from.
+
+    model: on the meta device. modes: one of checkpointing.MODES a decoder layer; None: as --grad-checkpoint says.
+    mapped: the frozen weights are pages of a file (not counted on a CPU). streamed: two decoder layers' weights are
+    held at a time. packed: bytes of the weights that the model's files hold quantized already, by name.
+    """
+
+    model: nn.Module
+    bits: int
+    adapter: AdapterConfig
+    training: TrainingConfig
+    rows: Rows
+    compute: torch.dtype
+    device: str = "cpu"
+    modes: tuple[str, ...] | None = None
+    mapped: bool = False
+    streamed: bool = False
+    packed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def layer_modes(self) -> tuple[str, ...]:
+        mode = CHECKPOINT if self.training.grad_checkpoint else PLAIN
+        return self.modes or (mode,) * self.config.num_hidden_layers
+
+    @functools.cached_property
+    def linears(self) -> dict[str, nn.Module]:
+        """Every linear of the model, by module path."""
+        return {name: module for name, module in self.model.named_modules() if quant.is_linear(module)}
+
+    @functools.cached_property
+    def adapted(self) -> list[tuple[int, int]]:
+        """(out, in) of every linear with an adapter."""
+        chosen = targets.select(self.linears, self.adapter.targets)
+        return [(self.linears[name].out_features, self.linears[name].in_features) for name in chosen]
+
+    @functools.cached_property
+    def layer(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linears of one decoder layer, by their own names."""
+        inside = [name for name in self.linears if not targets.stays_16bit(name)]
+        return {
+            name.rsplit(".", 1)[-1]: (self.linears[name].out_features, self.linears[name].in_features)
+            for name in inside[: len(inside) // self.config.num_hidden_layers]
+        }
+
+    @functools.cached_property
+    def layer_adapted(self) -> set[str]:
+        """The own names of the linears with an adapter."""
+        return {name.rsplit(".", 1)[-1] for name in targets.select(self.linears, self.adapter.targets)}
+
+    @property
+    def trained(self) -> int:
+        """How many coefficients are trained."""
+        return self.adapter.rank * sum(
+            columns + (out if self.adapter.method == "lora" else 0) for out, columns in self.adapted
+        )
+
+    def over(self, length: int) -> "Case":
+        """The same run with rows of another length."""
+        return replace(self, rows=replace(self.rows, length=length))
 
 
 @dataclass(frozen=True)
@@ -35,63 +141,259 @@ class Plan:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        return (
-            f"{size_text(self.total)} ({', '.join(f'{name} {size_text(size)}' for name, size in self.parts.items())})"
-        )
+        shown = {name: size for name, size in self.parts.items() if size}
+        return f"{size_text(self.total)} ({', '.join(f'{name} {size_text(size)}' for name, size in shown.items())})"
 
 
-def plan(
-    model: nn.Module,
-    bits: int,
-    adapter: AdapterConfig,
-    training: TrainingConfig,
-    length: int,
-    compute: torch.dtype,
-    streamed: bool = False,
-) -> Plan:
-    """The bytes that training this model (on the meta device) takes, with rows of `length` tokens. streamed: two
-    decoder layers' weights are held at a time.
+def plan(case: Case) -> Plan:
+    """The most bytes that a run holds at a time, by part: what `measure` reads at the peak of its steps."""
+    return Plan({name: part(case) for name, part in PARTS.items()})
+
+
+def longest(fits: Callable[[int], bool], limit: int) -> int:
+    """The most tokens a row, up to `limit`, of which fits(tokens) is true; 0 where it never is."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+# ---- what stays for the whole run
+
+
+def weights_bytes(case: Case) -> float:
+    """The frozen weights as they are held, wherever that is: linears of decoder layers in --bits or as the files have
+    them, embeddings and head in 16 bits, norms and biases in the compute dtype.
     """
-    linears = {name: module for name, module in model.named_modules() if quant.is_linear(module)}
-    adapted = targets.select(linears, adapter.targets)
-    size = compute.itemsize
-    rows = [(linears[name].out_features, linears[name].in_features) for name in adapted]
-    trained = sum(columns + (out if adapter.method == "lora" else 0) for out, columns in rows) * adapter.rank
-    tokens = training.batch_size * length
-    return Plan(
-        {
-            "weights": _weights(model, linears, bits, min(1, 2 / model.config.num_hidden_layers) if streamed else 1),
-            "adapter": sum(out for out, _ in rows) * adapter.rank * 2 + trained * 4,
-            "gradients and optimizer": trained * 4 * 3,  # gradient and AdamW's two moments in fp32
-            "activations": _activations(model, linears, tokens, size, training.grad_checkpoint),
-            "loss": min(loss.CHUNK_LOGITS, tokens * model.config.vocab_size) * 4 * 3,  # logits, softmax, gradient
-            "workspace": 2 * max(module.weight.numel() for module in linears.values()) * size,
-            "libraries": IMPORTS,
-        }
-    )
+    return sum(size for _, size in _held_weights(case))
 
 
-def _weights(model: nn.Module, linears: dict[str, nn.Module], bits: int, share: float) -> float:
-    """The frozen weights: linears of decoder layers in `bits`, a share of them; all else in 16 bits."""
-    quantized = {f"{name}.weight" for name in linears if not targets.stays_16bit(name)}
-    total = 0
-    for name, parameter in model.named_parameters():
-        packed = name in quantized
-        total += share * quant.FORMATS[bits].count_bytes(*parameter.shape) if packed else 2 * parameter.numel()
-    return total
+def _held_weights(case: Case) -> Iterator[tuple[str, float]]:
+    count_bytes = quant.FORMATS[case.bits].count_bytes
+    for name, parameter in case.model.named_parameters():
+        if name in case.packed:
+            yield name, case.packed[name]
+        elif len(parameter.shape) == 1:
+            yield name, parameter.numel() * case.compute.itemsize
+        else:
+            yield name, 2 * parameter.numel() if targets.stays_16bit(name) else count_bytes(*parameter.shape)
 
 
-def _activations(model: nn.Module, linears: dict[str, nn.Module], tokens: int, size: int, checkpointed: bool) -> float:
-    """What the backward needs: every linear's input and output once a layer, or (checkpointed) a layer's input and
-    one whole layer.
+def _weights(case: Case) -> float:
+    if case.mapped and case.device == "cpu":
+        return 0
+    share = min(1, 2 / case.config.num_hidden_layers) if case.streamed else 1
+    return sum(size * (share if ".layers." in name else 1) for name, size in _held_weights(case))
+
+
+def _B(case: Case) -> float:
+    """bf16, or fp32 where it is trained."""
+    return case.adapter.rank * sum(out for out, _ in case.adapted) * (4 if case.adapter.method == "lora" else 2)
+
+
+def _A(case: Case) -> float:
+    return case.adapter.rank * sum(columns for _, columns in case.adapted) * 4
+
+
+def _gradients(case: Case) -> float:
+    return 4 * case.trained
+
+
+def _optimizer(case: Case) -> float:
+    """AdamW's two moments in fp32; 8-bit ones only where there is CUDA, with an fp32 scale for each 256."""
+    eight_bit = case.device != "cpu" and case.training.optimizer != "adamw"
+    return case.trained * 2 * (1 + 4 / 256 if eight_bit else 4)
+
+
+def _libraries(case: Case) -> float:
+    """The process before a model is loaded. CUDA's libraries are not in what its allocator holds."""
+    return IMPORTS + WORD * case.config.vocab_size if case.device == "cpu" else 0
+
+
+# ---- what a decoder layer keeps for its backward
+
+
+def layer_tensors(case: Case, mode: str) -> dict[str, float]:
+    """Every tensor that one decoder layer keeps from the forward for the backward, by name: bytes."""
+    return _KEPT[mode](case)
+
+
+def layer_bytes(case: Case, mode: str) -> float:
+    """Bytes that one decoder layer in this mode keeps from the forward for the backward."""
+    return sum(layer_tensors(case, mode).values())
+
+
+def _plain(case: Case) -> dict[str, float]:
+    """Each operation's own: RMSNorm keeps its input in fp32 and one number a token, sdpa its inputs, its output and one
+    number a head, silu its input, a product both factors. A linear keeps its input for dA, once for those that share
+    it, and nothing where it has no adapter.
     """
-    config = model.config
-    inside = [module for name, module in linears.items() if not targets.stays_16bit(name)]
-    layers = config.num_hidden_layers
-    one_layer = tokens * size * sum(module.in_features + module.out_features for module in inside) / layers * 1.5
-    if not checkpointed:
-        return one_layer * layers
-    return tokens * size * config.hidden_size * layers + 2 * one_layer
+    size, rows, tokens = case.compute.itemsize, case.rows, case.rows.tokens
+    width, queries, keys, inner = _widths(case)
+    shared = queries if rows.packed else keys  # beside a mask transformers repeats keys and values for every query head
+    inputs = {"q_proj": ("x of q, k, v", width), "gate_proj": ("x of gate, up", width), "down_proj": ("product", inner)}
+    groups = {"k_proj": "q_proj", "v_proj": "q_proj", "qkv_proj": "q_proj", "up_proj": "gate_proj"}
+    groups["gate_up_proj"] = "gate_proj"
+    needed = {groups.get(name, name) for name in case.layer_adapted} & inputs.keys()
+    if case.adapter.dropout:  # each has an input of its own
+        needed = set()
+    heads = queries // _head_dim(case)
+    return {
+        "norm of attention": tokens * (width + 1) * 4,
+        "q": tokens * queries * size,
+        "k": tokens * shared * size,
+        "v": tokens * shared * size,
+        "attention": tokens * queries * size,
+        "sums of attention": tokens * heads * 4,
+        "mask": rows.count * rows.length**2 * size if rows.packed else 0,
+        "norm of mlp": tokens * (width + 1) * 4,
+        "gate": tokens * inner * size,
+        "silu": tokens * inner * size,
+        "up": tokens * inner * size,
+        **{inputs[name][0]: tokens * inputs[name][1] * size for name in sorted(needed)},
+        **_adapter_tensors(case),
+    }
+
+
+def _adapter_tensors(case: Case) -> dict[str, float]:
+    """What the adapters of a layer keep beside the inputs they share: LoRA z = A x for dB; with dropout each its own
+    input and the noise it was multiplied with (a CPU's in the compute dtype), and A as it was cast.
+    """
+    size, tokens, rank = case.compute.itemsize, case.rows.tokens, case.adapter.rank
+    columns = [case.layer[name][1] for name in case.layer_adapted]
+    kept = {}
+    if case.adapter.method == "lora":
+        kept["A x"] = len(columns) * tokens * rank * size
+    if case.adapter.dropout:
+        kept["dropped x"] = tokens * sum(columns) * size
+        kept["noise"] = tokens * sum(columns) * (size if case.device == "cpu" else 1)
+        kept["A"] = rank * sum(columns) * size if size != 4 else 0
+    return kept
+
+
+def _products(case: Case) -> dict[str, float]:
+    """The layer's input and its linears' outputs; the last one's is not needed."""
+    tokens, size = case.rows.tokens, case.compute.itemsize
+    outputs = {f"y of {name}": tokens * out * size for name, (out, _) in case.layer.items() if name != "down_proj"}
+    return _checkpoint(case) | outputs
+
+
+def _checkpoint(case: Case) -> dict[str, float]:
+    return {"input": case.rows.tokens * case.config.hidden_size * case.compute.itemsize}
+
+
+_KEPT = {PLAIN: _plain, PRODUCTS: _products, CHECKPOINT: _checkpoint}
+
+
+def _widths(case: Case) -> tuple[int, int, int, int]:
+    """Numbers a token: of the hidden states, the queries, the keys, and inside the MLP."""
+    config, size = case.config, _head_dim(case)
+    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size
+    return config.hidden_size, config.num_attention_heads * size, keys, config.intermediate_size
+
+
+def _head_dim(case: Case) -> int:
+    return getattr(case.config, "head_dim", None) or case.config.hidden_size // case.config.num_attention_heads
+
+
+def _activations(case: Case) -> float:
+    return sum(layer_bytes(case, mode) for mode in case.layer_modes) + sum(_ends(case).values())
+
+
+def _ends(case: Case) -> dict[str, float]:
+    """What is kept outside the layers: rotations, the last norm, and the hidden states' gradient that the loss has
+    computed.
+    """
+    tokens, size, width = case.rows.tokens, case.compute.itemsize, case.config.hidden_size
+    return {
+        "rotations": 2 * case.rows.length * _head_dim(case) * size * (case.rows.count if case.rows.packed else 1),
+        "last norm": tokens * (width + 1) * 4,
+        "gradient of the hidden states": tokens * width * size,
+        "mask of documents": case.rows.count * case.rows.length**2 if case.rows.packed else 0,
+    }
+
+
+# ---- what comes and goes: the loss, then the backward of one layer
+
+
+def _loss_tensors(case: Case) -> dict[str, float]:
+    """One chunk's logits in fp32 (a compute dtype below that has them in it too), a piece of the head."""
+    vocabulary, tokens, size = case.config.vocab_size, case.rows.tokens, case.compute.itemsize
+    logits = min(loss.chunk_tokens(vocabulary), tokens) * vocabulary
+    return {
+        "logits": 4 * logits,
+        "logits in the compute dtype": size * logits if size < 4 else 0,
+        "labelled hidden states": tokens * case.config.hidden_size * size,
+        "piece of the head": _piece(case, vocabulary * case.config.hidden_size),
+    }
+
+
+def _backward_tensors(case: Case) -> dict[str, float]:
+    """What the most demanding layer computes again, the gradients inside its MLP, and a piece of a weight."""
+    tokens, size = case.rows.tokens, case.compute.itemsize
+    width, _, _, inner = _widths(case)
+    again = {"plain": 0.0}
+    for mode in {*case.layer_modes} - {PLAIN}:
+        tape = {f"again: {name}": value for name, value in _plain(case).items() if name not in _ON_TAPE[mode]}
+        again = max(again, tape, key=lambda tensors: sum(tensors.values()))
+    return {
+        **again,
+        "gradients of the hidden states": 3 * tokens * width * size,
+        "gradients of product, silu, up": 3 * tokens * inner * size,
+        "piece of a weight": _piece(case, max(out * columns for out, columns in case.layer.values())),
+    }
+
+
+_ON_TAPE = {PRODUCTS: ("gate", "up", "v"), CHECKPOINT: ()}
+
+
+def _piece(case: Case, numbers: int) -> float:
+    """A weight as it is multiplied: on a CPU at most quant.PIECE of its numbers at once."""
+    return (min(numbers, quant.PIECE) if case.device == "cpu" else numbers) * case.compute.itemsize
+
+
+def _loss(case: Case) -> float:
+    return sum(_loss_tensors(case).values())
+
+
+def _workspace(case: Case) -> float:
+    """What the backward of a layer takes above what the loss took, which is gone by then."""
+    return max(0.0, sum(_backward_tensors(case).values()) - _loss(case))
+
+
+def _holes(case: Case) -> float:
+    """What glibc holds beside the tensors; see the top of this file. Mapped tensors have no holes, but are not there
+    for the other peak either.
+    """
+    if case.device != "cpu":
+        return 0.0
+    layers = [(size, mode) for mode in case.layer_modes for size in layer_tensors(case, mode).values()]
+    kept = _small([size for size, _ in layers]) + _small(_ends(case).values())
+    passing = max(_small(_loss_tensors(case).values()), _small(_backward_tensors(case).values()))
+    return (HOLES_KEPT - 1) * kept + (HOLES_PASSING - 1) * passing
+
+
+def _small(sizes) -> float:
+    return sum(size for size in sizes if size < allocator.MAPPED_FROM)
+
+
+# In the order in which they are shown. Others may be exchanged one by one: each depends on the case alone.
+PARTS: dict[str, Callable[[Case], float]] = {
+    "weights": _weights,
+    "B": _B,
+    "A": _A,
+    "gradients": _gradients,
+    "optimizer": _optimizer,
+    "activations": _activations,
+    "loss": _loss,
+    "workspace": _workspace,
+    "holes": _holes,
+    "libraries": _libraries,
+}
+
+
+# ---- what is held
 
 
 def available(device: torch.device) -> int:
@@ -158,14 +460,15 @@ def peak(device: torch.device) -> Iterator[Callable[[], int]]:
         sampler.join()
 
 
-def require_fit(plan: Plan, device: torch.device, say: Callable[[str], None]) -> None:
-    """Say what a run needs and what there is. Raises QmicaError where the frozen weights alone do not fit."""
+def require_fit(plan: Plan, budget: int, device: torch.device, say: Callable[[str], None]) -> None:
+    """Say what a run needs and what it may take. Raises QmicaError where the frozen weights alone do not fit."""
     free = available(device)
     say(f"memory: needs about {plan}; {size_text(free)} are free on {device.type}")
-    if plan.parts["weights"] > free:
+    if plan.parts["weights"] > min(free, budget):
         raise QmicaError(
-            f"the model needs {size_text(plan.parts['weights'])} for its weights alone, {size_text(free)} are free on "
-            f"{device.type}: choose a smaller --model or fewer --bits, or close other programs"
+            f"the model needs {size_text(plan.parts['weights'])} for its weights alone, "
+            f"{size_text(min(free, budget))} may be taken on {device.type}: choose a smaller --model or fewer --bits, "
+            "or close other programs"
         )
-    if plan.total > free:
-        say("this may not fit: a smaller --max-seq-length or --batch-size, or --bits 4, takes less")
+    if plan.total > budget:
+        say("this may not fit: a smaller --max-seq-length, --rank or --bits takes less")

@@ -251,3 +251,9 @@ def batches(
     rows = pack(sizes, max_seq_length, [s for s, _ in stream]) if packing else [[i] for i in range(len(sizes))]
     sources = (examples,) if replay is None else (examples, replay)
     return Epoch(sources, [[stream[i] for i in row] for row in rows], batch_size)
+
+
+def longest(epoch: Epoch) -> Batch:
+    """The largest of the first 64 batches; replay is computed twice."""
+    some = (epoch[i] for i in range(min(len(epoch), 64)))
+    return max(some, key=lambda batch: (batch.input_ids.numel(), batch.replays))

@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -85,6 +86,30 @@ class Source:
         return self.config.get("quantization_config")
 
 
+@dataclass(frozen=True)
+class Headers:
+    """What is known of a model without its weights.
+
+    source: its `files` may be missing. tensors: name -> bytes, as stored. download: bytes that `resolve` would fetch.
+    """
+
+    source: Source
+    tensors: dict[str, int]
+    download: int = 0
+
+
+@dataclass(frozen=True)
+class Distant:
+    """A model that is on the hub and not on this disk; pick: which GGUF of it."""
+
+    hub: "_Hub"
+    pick: str | None = None
+
+    def headers(self, folder: Path) -> Headers:
+        """Its headers, read by range requests; config.json is put into `folder`. Raises QmicaError as `resolve`."""
+        return self.hub.headers(self.pick, folder)
+
+
 def resolve(model: str | Path, revision: str | None = None, say: Say = print) -> Source:
     """Find `model`, downloading it if its name is a hub id or an alias that is not on this disk.
 
@@ -92,6 +117,12 @@ def resolve(model: str | Path, revision: str | None = None, say: Say = print) ->
     everything that the user can fix: not found (with the nearest aliases), gated, offline, no space, pickled weights,
     several GGUF files, a broken index, a quantization or an architecture that is not supported.
     """
+    found = look(model, revision, say)
+    return found.hub.downloaded(found.pick) if isinstance(found, Distant) else found
+
+
+def look(model: str | Path, revision: str | None = None, say: Say = print) -> "Source | Distant":
+    """What `resolve` finds on this disk, or what it would download; no request is made. Raises as `resolve` does."""
     name = str(model)
     # not Path.resolve(): the links in the hub's cache lead to files named by hashes
     path = Path(os.path.abspath(os.path.expanduser(name)))
@@ -105,7 +136,7 @@ def resolve(model: str | Path, revision: str | None = None, say: Say = print) ->
         raise QmicaError(_not_found(name))
     hub = _Hub(name, address["repo"], revision or address["revision"], say)
     pick = address["file"] or address["tag"]
-    return hub.on_disk(pick) or hub.downloaded(pick)
+    return hub.on_disk(pick) or Distant(hub, pick)
 
 
 def _not_found(name: str) -> str:
@@ -280,12 +311,12 @@ def _json(path: Path) -> dict:
 # ---- aliases and wheels
 
 
-def _aliased(name: str, alias: catalog.Alias, revision: str | None, say: Say) -> Source:
+def _aliased(name: str, alias: catalog.Alias, revision: str | None, say: Say) -> "Source | Distant":
     hub = _Hub(name, alias.repo, revision, say, alias.wheel)
     found = hub.on_disk()
     if found is None and revision is None and alias.wheel:
         found = _in_wheel(name, alias)
-    return found or hub.downloaded()
+    return found or Distant(hub)
 
 
 def _in_wheel(name: str, alias: catalog.Alias) -> Source | None:
@@ -353,15 +384,69 @@ class _Hub:
             if pick or _is_gguf_only(names):
                 file = self.only(_picked(names, pick), sizes, pick)
                 return self.gguf(self.fetched(_parts(file), sizes), file)
-            if CONFIG not in names:
-                raise QmicaError(f"{self.repo} is no model that can be read: it holds no {CONFIG} and no GGUF file")
-            if not any(one.endswith(".safetensors") for one in names):
-                raise QmicaError(_no_weights(self.repo, names))
-            first = [one for one in (CONFIG, INDEX) if one in names]
+            first = self.described(names)
             folder = self.fetched(first, sizes, quietly=True)
             architectures.for_config(read_config(folder / CONFIG))  # before gigabytes arrive
             wanted = [one for one in SMALL if one in names] + first + _weight_files(names, folder)
             return self.safetensors(self.fetched(sorted(set(wanted)), sizes))
+
+    def described(self, names: list[str]) -> list[str]:
+        """The files that say what a repository of safetensors holds. Raises QmicaError where there are none."""
+        if CONFIG not in names:
+            raise QmicaError(f"{self.repo} is no model that can be read: it holds no {CONFIG} and no GGUF file")
+        if not any(one.endswith(".safetensors") for one in names):
+            raise QmicaError(_no_weights(self.repo, names))
+        return [one for one in (CONFIG, INDEX) if one in names]
+
+    def headers(self, pick: str | None, folder: Path) -> "Headers":
+        """What the model's headers say, its config.json and index put into `folder`; nothing enters the cache."""
+        with self.told():
+            sizes = self.listing()
+            names = sorted(sizes)
+            if pick or _is_gguf_only(names):
+                file = self.only(_picked(names, pick), sizes, pick)
+                raise QmicaError(
+                    f"{self.repo}/{file} is not on this disk, and the header of a GGUF is not read from the hub: "
+                    "download it, or give the safetensors repository that it was made from"
+                )
+            for file in self.described(names):
+                (folder / file).write_bytes(self.content(file))
+            config = read_config(folder / CONFIG)
+            architectures.for_config(config)
+            files = _weight_files(names, folder)
+            source = Source(
+                self.name,
+                self.repo,
+                "safetensors",
+                tuple(folder / file for file in files),
+                folder,
+                self.revision,
+                self.repo,
+                config,
+            )
+            wanted = {*files, *(one for one in SMALL if one in names)}
+            return Headers(source, self.tensors(files), sum(sizes[file] for file in wanted))
+
+    def content(self, file: str) -> bytes:
+        """A small file, which is not kept."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.repo, file, revision=self.revision)
+        response = get_session().get(url, headers=build_hf_headers(), timeout=30)
+        hf_raise_for_status(response)
+        return response.content
+
+    def tensors(self, files: list[str]) -> dict[str, int]:
+        """Every tensor in safetensors files and its bytes, read by range requests for their headers."""
+        from huggingface_hub import HfApi
+
+        def of_file(file: str) -> dict[str, int]:
+            header = HfApi().parse_safetensors_file_metadata(self.repo, file, revision=self.revision, timeout=30)
+            return {name: tensor.data_offsets[1] - tensor.data_offsets[0] for name, tensor in header.tensors.items()}
+
+        with ThreadPoolExecutor(8) as pool:
+            return {name: size for found in pool.map(of_file, files) for name, size in found.items()}
 
     def listing(self) -> dict[str, int]:
         """Every file of the repository at this revision, and its bytes."""
@@ -427,6 +512,7 @@ class _Hub:
             errors.RepositoryNotFoundError: missing,
             errors.LocalEntryNotFoundError: self.unreachable(error.__cause__ or error),
             errors.OfflineModeIsEnabled: self.unreachable(error),
+            errors.SafetensorsParsingError: f"{self.repo} has a safetensors file with a damaged header: use another",
             errors.EntryNotFoundError: f"{self.repo} lacks a file that it lists: try again, or give another --revision",
             errors.HfHubHTTPError: self.answered(error, missing),
         }

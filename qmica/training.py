@@ -32,6 +32,7 @@ from qmica import (
     adapter,
     allocator,
     bases,
+    budget,
     checkpointing,
     data,
     durable,
@@ -87,12 +88,10 @@ def train(
     adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
-    streamed = job.model.stream != "none"
-    plan = memory.plan(empty, job.model.bits, job.adapter, job.training, job.data.max_seq_length, compute, streamed)
-    memory.require_fit(plan, accelerator.device, say)
-    network = _load(job, found, accelerator.device, say, run if resume else None)
+    choice = _choice(job, _case(job, empty, prepared, accelerator.device, compute), accelerator.device, say)
+    network = _load(job, found, choice.modes, accelerator.device, say, run if resume else None)
     run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
-    loop = Loop(job, run, network, prepared, accelerator)
+    loop = Loop(job, run, network, prepared, accelerator, choice.parts)
     record = _record(job, network, prepared, loop.optimizer_name)
     if resume is not None:
         checkpoint = run.last_checkpoint()
@@ -117,20 +116,12 @@ class Stream:
     """The endless stream of an epoch's batches after another's: `stream[k]` is a function of the seed and k alone."""
 
     def __init__(self, prepared: data.Prepared, options: DataConfig, training: TrainingConfig):
-        self._arguments = {
-            "examples": prepared.train,
-            "seed": training.seed,
-            "batch_size": training.batch_size,
-            "max_seq_length": options.max_seq_length,
-            "packing": options.packing,
-            "replay": prepared.replay,
-            "replay_ratio": options.replay_ratio if prepared.replay else 0.0,
-        }
+        self._arguments = prepared, options, training
         self._starts = [0]  # of the epochs met so far; their lengths differ a little with packing
         self._epoch = self._make(0)
 
     def _make(self, number: int) -> tuple[int, packing.Epoch]:
-        epoch = packing.batches(**self._arguments, epoch=number)
+        epoch = data.epoch(*self._arguments, number)
         if number + 1 == len(self._starts):
             self._starts.append(self._starts[-1] + len(epoch))
         return number, epoch
@@ -151,7 +142,15 @@ class Stream:
 class Loop:
     """The updates of one run: where it stands, how it takes a step, how it saves itself and goes on."""
 
-    def __init__(self, job: Job, run: runs.Run, network: nn.Module, prepared: data.Prepared, accelerator: Accelerator):
+    def __init__(
+        self,
+        job: Job,
+        run: runs.Run,
+        network: nn.Module,
+        prepared: data.Prepared,
+        accelerator: Accelerator,
+        parts: int = 1,
+    ):
         self.job, self.run_folder, self.network, self.prepared, self.accelerator = (
             job,
             run,
@@ -170,7 +169,7 @@ class Loop:
         self.window = window
         self.total = math.ceil(self.batches / window)
         self.step, self.tokens, self.peak = 0, 0, 0
-        self.parts = 1  # in how many parts a batch is computed: more once memory has run out
+        self.parts = parts  # in how many a batch is computed: more once memory has run out
         self.stop_asked = False
 
     # -- one step
@@ -270,7 +269,7 @@ class Loop:
 
         What does not fit in memory shows here and not after hours.
         """
-        longest = _longest(self.stream.first_epoch)
+        longest = packing.longest(self.stream.first_epoch)
         self.network.train()  # activations are checkpointed in training mode only
         seconds = []
         for _ in range(2):  # the first one also pays for first use
@@ -279,7 +278,7 @@ class Loop:
             seconds.append(time.perf_counter() - began)
         self.optimizer.zero_grad(set_to_none=True)
         if self.prepared.validation is not None:
-            self._fitting(lambda: self._mean_loss([_longest(self._validation_batches())]))
+            self._fitting(lambda: self._mean_loss([packing.longest(self._validation_batches())]))
         self.network.eval()
         return min(seconds) / longest.tokens
 
@@ -323,7 +322,13 @@ class Loop:
             self.run_folder.save_checkpoint(
                 self.step,
                 {"adapter": adapter.tensors(self.network), "optimizer": tensors},
-                {"step": self.step, "tokens": self.tokens, "optimizer": self.optimizer_name, "state": state},
+                {
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "parts": self.parts,  # sums of other parts differ in their last bits
+                    "optimizer": self.optimizer_name,
+                    "state": state,
+                },
             )
 
     def restore(self, checkpoint: runs.Checkpoint) -> None:
@@ -335,7 +340,7 @@ class Loop:
                 f"resume it where {state['optimizer']} works, or begin a new run with `qmica train -c "
                 f"{self.run_folder.folder / 'config.json'} --out NEW`"
             )
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens, self.parts = state["step"], state["tokens"], state.get("parts", 1)
         filled = self.optimizer.state_dict()
         filled["state"] = _unflatten(checkpoint.tensors("optimizer"), state["state"])
         self.optimizer.load_state_dict(filled)
@@ -399,12 +404,6 @@ class Loop:
 
 
 # ---- parts of a step
-
-
-def _longest(epoch: packing.Epoch) -> packing.Batch:
-    """The largest of the first 64 batches; replay is computed twice."""
-    some = (epoch[i] for i in range(min(len(epoch), 64)))
-    return max(some, key=lambda batch: (batch.input_ids.numel(), batch.replays))
 
 
 SCHEDULES = {
@@ -510,29 +509,36 @@ def _interruptible(loop: Loop) -> Iterator[None]:
 
 
 def _read_data(job: Job, tokens, say: Callable[[str], None]) -> data.Prepared:
-    options = job.data
-    if not options.data:
+    if not job.data.data:
         say("no --data: learning the bundled almanac, of people, places and crafts that exist nowhere else")
-    prepared = data.prepare(
-        options.data or samples.ALMANAC,
-        tokens,
-        max_seq_length=options.max_seq_length,
-        format=options.format,
-        packing=options.packing,
-        mask_prompt=options.mask_prompt,
-        val_split=options.val_split,
-        replay=samples.REPLAY if options.replay == ("sample",) else options.replay,
-        replay_ratio=options.replay_ratio,
-        seed=job.training.seed,
-        say=say,
-    )
+    prepared = data.prepare_for(job.data, tokens, job.training.seed, say)
     for line in prepared.summary.lines():
         say(line)
     return prepared
 
 
-def _load(job: Job, found: source.Source, device: torch.device, say: Callable, run: runs.Run | None) -> nn.Module:
-    """The base with a fresh adapter, or (run) with the adapter of its last checkpoint."""
+def _case(job: Job, empty: nn.Module, prepared: data.Prepared, device: torch.device, compute) -> memory.Case:
+    """What the run's memory follows from: its longest batch is known by now."""
+    rows = memory.Rows.of(packing.longest(Stream(prepared, job.data, job.training).first_epoch))
+    streamed = job.model.stream != "none"
+    mapped = device.type == "cpu" and job.model.bits < 16  # from the cache of quantized models
+    options = job.model.bits, job.adapter, job.training, rows, compute, device.type
+    return memory.Case(empty, *options, mapped=mapped, streamed=streamed)
+
+
+def _choice(job: Job, case: memory.Case, device: torch.device, say: Callable[[str], None]) -> budget.Choice:
+    """How batches are computed within --memory, and what that takes; both are said."""
+    nbytes = budget.allowed(job.training.memory_bytes, device)
+    choice = budget.choose(case, nbytes, job.training.grad_checkpoint)
+    memory.require_fit(choice.plan, nbytes, device, say)
+    say(budget.described(choice, nbytes, job.training.memory is not None))
+    return choice
+
+
+def _load(
+    job: Job, found: source.Source, modes: Sequence[str], device: torch.device, say: Callable, run: runs.Run | None
+) -> nn.Module:
+    """The base with a fresh adapter, or (run) with the adapter of its last checkpoint; its layers in these modes."""
     began = time.perf_counter()
     stream = job.model.stream
     network = model.load(found, job.model.bits, job.model.dtype, str(device), stream=stream)
@@ -544,8 +550,7 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
         adapter.attach(network, job.adapter, job.training.seed, _patient(say, "subspaces"))
         seconds = progress.duration(time.perf_counter() - began)
         say(f"{job.adapter.method} attached: {seconds}{_where_from(network.qmica_subspaces)}")
-    layers = len(checkpointing.decoder_layers(network))
-    checkpointing.set_modes(network, ["checkpoint" if job.training.grad_checkpoint else "plain"] * layers)
+    checkpointing.set_modes(network, modes)
     return streaming.start(network, stream, say)
 
 

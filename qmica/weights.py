@@ -15,7 +15,7 @@ header {name: {dtype, shape, data_offsets}}, the data.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from qmica.durable import replacing, require_space, write_json
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor
 from qmica.mapping import Map
-from qmica.source import INDEX, SINGLE, Source
+from qmica.source import INDEX, SINGLE, Headers, Source
 
 BLOCK_BYTES = 256_000_000  # of fp32 rows: what a walk holds of one tensor
 SAMPLES, SAMPLE_BYTES = 3, 1024  # of each tensor, for the fingerprint: 70B has 723 tensors, so 2.2 MB are read
@@ -85,6 +85,11 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Bytes of the whole tensor in `dtype`."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the whole tensor in its file."""
+        return self.nbytes if self.quantized is None else self.quantized.nbytes
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows start:stop, (stop - start, *shape[1:]) in `dtype`, the caller's own to change.
@@ -224,7 +229,7 @@ def _open_safetensors(source: Source) -> Weights:
         if both := tensors.keys() & found.keys():
             raise QmicaError(f"{file} holds {min(both)} again: its folder mixes two models; copy or download it again")
         tensors.update(found)
-    return Weights(tensors, source.config, _find_packed(tensors, source), maps=maps)
+    return Weights(tensors, source.config, find_packed(tensors, source), maps=maps)
 
 
 def _read_header(file: Path) -> tuple[dict[str, LazyTensor], Map | None]:
@@ -274,7 +279,19 @@ def _lazy(file: Path, handle, name: str, mapped: Map | None, offset: int) -> Laz
     return LazyTensor(shape, dtype, read, view=lambda: mapped and mapped.tensor(dtype, shape, offset))
 
 
-def _find_packed(tensors: Mapping[str, LazyTensor], source: Source) -> dict[str, tuple[str, ...]]:
+def headers(source: Source) -> Headers:
+    """The names of the tensors on this disk and their bytes as stored."""
+    found = open_weights(source)
+    return Headers(source, {name: tensor.stored_bytes for name, tensor in found.items()})
+
+
+def packed_bytes(headers: Headers) -> dict[str, int]:
+    """The bytes, with all their parts, of the weights that bitsandbytes packed."""
+    packed = find_packed(headers.tensors, headers.source)
+    return {name: sum(headers.tensors[_beside(name, part)] for part in parts) for name, parts in packed.items()}
+
+
+def find_packed(tensors: Collection[str], source: Source) -> dict[str, tuple[str, ...]]:
     """The parts of every weight that bitsandbytes packed; QmicaError for one that lacks some."""
     packed = {}
     for name in tensors:

@@ -22,6 +22,7 @@ from qmica.config import (
     EvalConfig,
     ExportConfig,
     InspectConfig,
+    MemoryConfig,
     ModelConfig,
     TrainingConfig,
 )
@@ -66,6 +67,14 @@ def test_train(jobs):
     )
 
 
+def test_plan(jobs):
+    qmica.plan(model="7b", bits=8, steps=3, memory=8)
+    options = (ModelConfig(model="7b", bits=8), AdapterConfig(), DataConfig(), TrainingConfig(steps=3))
+    assert jobs.arguments == (*options, MemoryConfig("8"), False)
+    qmica.plan()
+    assert jobs.arguments[-2] == MemoryConfig()
+
+
 def test_resume(jobs, tmp_path):
     (tmp_path / "config.json").write_text('{"train": {}}')
     from qmica.runs import Run
@@ -103,6 +112,7 @@ def test_the_other_verbs(jobs, tmp_path):
     [
         ("train", {"rnak": 3}, r"^rnak is no argument of qmica.train\(\): did you mean rank\?$"),
         ("train", {"batchsize": 3}, "did you mean batch_size"),
+        ("plan", {"memroy": 8}, "did you mean memory"),
         ("export", {"quantt": "F16"}, "did you mean quant"),
         ("chat", {"zzz": 1}, "which takes prompt, raw, system"),
         ("load", {"bit": 4}, "did you mean bits"),
@@ -120,6 +130,7 @@ def test_unknown_keywords(jobs, verb, options, text):
     [
         ("train", {"bits": 5}, "^bits=5: choose one of 4, 8, 16$"),
         ("train", {"method": "dora"}, "^method='dora': choose one of 'mica', 'lora'$"),
+        ("plan", {"memory": "much"}, "^--memory much: give a size such as 8GB"),
         ("train", {"rank": 0}, "^--rank 0: give 1 or more$"),
         ("merge", {"base": "4bit"}, "^base='4bit': choose one of 'original', 'quantized'$"),
         ("export", {"quant": "Q9"}, "^--quant Q9: choose one of"),

@@ -28,14 +28,17 @@ from qmica.config import (
     EvalConfig,
     ExportConfig,
     InspectConfig,
+    Job,
+    MemoryConfig,
     ModelConfig,
     TrainingConfig,
 )
 from qmica.errors import QmicaError
 
-VERBS = {"train", "eval", "chat", "merge", "export", "inspect", "models", "doctor"}
+VERBS = {"train", "plan", "eval", "chat", "merge", "export", "inspect", "models", "doctor"}
 JOBS = {
     "train": ("training", "train"),
+    "plan": ("planning", "plan"),
     "eval": ("evaluation", "evaluate"),
     "chat": ("chatting", "chat"),
     "merge": ("merging", "merge"),
@@ -103,6 +106,31 @@ def test_train_hands_over_its_flags(jobs):
         TrainingConfig(lr=5e-4, steps=7, out=Path("runs/x")),
         None,
     )
+
+
+def test_plan_takes_the_flags_of_train(jobs, tmp_path):
+    assert (
+        cli.main(
+            ["plan", "-m", "7b", "--bits", "8", "-r", "32", "-d", "a.txt", "--steps", "7", "--memory", "8GB", "--json"]
+        )
+        == 0
+    )
+    expected = (
+        ModelConfig(model="7b", bits=8),
+        AdapterConfig(rank=32),
+        DataConfig(data=("a.txt",)),
+        TrainingConfig(steps=7),
+    )
+    assert jobs.arguments == (*expected, MemoryConfig("8GB"), True)
+    run = tmp_path / "config.json"
+    run.write_text(json.dumps({"train": Job(*expected).flags(), "versions": {}}))
+    assert cli.main(["plan", "-c", str(run)]) == 0
+    assert jobs.arguments == (*expected, MemoryConfig(), False)
+
+
+def test_a_budget_that_is_none(jobs, capsys):
+    assert cli.main(["plan", "--memory", "8 bananas"]) == 1
+    assert error_of(capsys) == "--memory 8 bananas: give a size such as 8GB, 7.5G, 8GiB or 900MB, or a number of GB"
 
 
 def test_the_other_verbs_hand_over_theirs(jobs):

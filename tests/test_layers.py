@@ -30,8 +30,20 @@ LAYERS = (
     {"quant", "weights", "tokenizer", "runs", "bases"},
     {"linear", "data", "memory", "quantized", "window"},
     {"model", "streaming"},
-    {"adapter"},
-    {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory", "compensation", "spectra"},
+    {"adapter", "pace"},
+    {"budget"},
+    {
+        "training",
+        "evaluation",
+        "merging",
+        "exporting",
+        "chatting",
+        "doctor",
+        "inventory",
+        "compensation",
+        "spectra",
+        "planning",
+    },
     {"__init__", "__main__", "cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
