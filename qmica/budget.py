@@ -59,12 +59,12 @@ def choose(case: Case, budget: float, forced: bool | None = None) -> Choice:
 
     forced: --grad-checkpoint: True: every layer is computed again; False: none is; None: as the budget has it.
     """
-    ways = [way for parts in _halvings(case.rows.count) for way in _fitting(case, parts, budget, forced)]
+    ways = [_fitting(case, parts, budget, forced) for parts in _halvings(case.rows.count)]
     within = [way for way in ways if way.fits]
     if not within:
         return min(ways, key=lambda way: way.plan.total)
-    if len(within) == 1 or within[0].modes == _ladder(case, forced)[0]:  # whole batches, nothing given up
-        return within[0]
+    if len(within) == 1 or (within[0].parts == 1 and within[0].modes == _ladder(case, forced)[0]):
+        return within[0]  # no choice, or nothing is given up
     rates = pace.calibrate(case)
     return min(within, key=lambda way: way.parts * _seconds(way.case, rates))
 
@@ -83,18 +83,15 @@ def _halvings(rows: int) -> Iterator[int]:
     yield rows
 
 
-def _fitting(case: Case, parts: int, budget: float, forced: bool | None) -> list[Choice]:
-    """The least that the layers must give up for a batch in so many parts to fit: one way; all there is, if none."""
+def _fitting(case: Case, parts: int, budget: float, forced: bool | None) -> Choice:
+    """The least that the layers must give up for a batch in so many parts to fit; all there is, if nothing does."""
     part = replace(case, rows=replace(case.rows, count=-(-case.rows.count // parts)))
-    ladder = _ladder(case, forced)
-    low, high = 0, len(ladder) - 1
-    while low < high:  # each rung takes less than the one before
-        middle = (low + high) // 2
-        fits = memory.plan(replace(part, modes=ladder[middle])).total <= budget
-        low, high = (low, middle) if fits else (middle + 1, high)
-    chosen = replace(part, modes=ladder[low])
-    plan = memory.plan(chosen)
-    return [Choice(chosen, parts, plan, plan.total <= budget)]
+    for modes in _ladder(case, forced):
+        way = replace(part, modes=modes)
+        plan = memory.plan(way)
+        if plan.total <= budget:
+            break
+    return Choice(way, parts, plan, plan.total <= budget)
 
 
 def _ladder(case: Case, forced: bool | None) -> list[tuple[str, ...]]:

@@ -183,7 +183,7 @@ class TrainingConfig:
     memory: str | None = None
     """Bytes the run may hold: 8GB, 8GiB, 900MB, or a number of GB; left out: four fifths of what is free."""
     grad_checkpoint: bool | None = None
-    """Recompute every layer's activations in the backward: least memory, a third more time; left out: as --memory has it."""
+    """Compute every layer again in the backward: least memory, a quarter more time; left out: as --memory has it."""
     eval_every: int = 0
     """Steps between validation losses (needs --val-split); 0: at the end only."""
     save_every: int = 100

@@ -79,7 +79,7 @@ def train(
     if job.model.threads:
         torch.set_num_threads(job.model.threads)
     allocator.keep_freed()
-    accelerator = _accelerator(job)
+    accelerator = make_accelerator(job)
     say = accelerator.print
     model.require_stream(job.model.stream, accelerator.device)
     found = source.resolve(job.model.model, job.model.revision, say)
@@ -88,8 +88,8 @@ def train(
     adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
-    choice = _choice(job, _case(job, empty, prepared, accelerator.device, compute), accelerator.device, say)
-    network = _load(job, found, choice.modes, accelerator.device, say, run if resume else None)
+    choice = choose(job, empty, prepared, accelerator.device, compute, say)
+    network = load_network(job, found, choice.modes, accelerator.device, say, run if resume else None)
     run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
     loop = Loop(job, run, network, prepared, accelerator, choice.parts)
     record = _record(job, network, prepared, loop.optimizer_name)
@@ -413,7 +413,7 @@ SCHEDULES = {
 }
 
 
-def _accelerator(job: Job) -> Accelerator:
+def make_accelerator(job: Job) -> Accelerator:
     """The processes, the device, and a gradient scaler where fp16 needs one."""
     device = model.choose_device(job.model.device)
     scaled = model.choose_dtype(job.model.dtype, device) == torch.float16
@@ -517,17 +517,16 @@ def _read_data(job: Job, tokens, say: Callable[[str], None]) -> data.Prepared:
     return prepared
 
 
-def _case(job: Job, empty: nn.Module, prepared: data.Prepared, device: torch.device, compute) -> memory.Case:
-    """What the run's memory follows from: its longest batch is known by now."""
+def choose(
+    job: Job, empty: nn.Module, prepared: data.Prepared, device: torch.device, compute: torch.dtype, say: Callable
+) -> budget.Choice:
+    """How the longest batch is computed within --memory; that and what it takes are said. empty: the model on the meta
+    device.
+    """
     rows = memory.Rows.of(packing.longest(Stream(prepared, job.data, job.training).first_epoch))
-    streamed = job.model.stream != "none"
     mapped = device.type == "cpu" and job.model.bits < 16  # from the cache of quantized models
     options = job.model.bits, job.adapter, job.training, rows, compute, device.type
-    return memory.Case(empty, *options, mapped=mapped, streamed=streamed)
-
-
-def _choice(job: Job, case: memory.Case, device: torch.device, say: Callable[[str], None]) -> budget.Choice:
-    """How batches are computed within --memory, and what that takes; both are said."""
+    case = memory.Case(empty, *options, mapped=mapped, streamed=job.model.stream != "none")
     nbytes = budget.allowed(job.training.memory_bytes, device)
     choice = budget.choose(case, nbytes, job.training.grad_checkpoint)
     memory.require_fit(choice.plan, nbytes, device, say)
@@ -535,7 +534,7 @@ def _choice(job: Job, case: memory.Case, device: torch.device, say: Callable[[st
     return choice
 
 
-def _load(
+def load_network(
     job: Job, found: source.Source, modes: Sequence[str], device: torch.device, say: Callable, run: runs.Run | None
 ) -> nn.Module:
     """The base with a fresh adapter, or (run) with the adapter of its last checkpoint; its layers in these modes."""
