@@ -169,6 +169,8 @@ class TrainingConfig:
     """Largest norm of a gradient; 0: not clipped."""
     grad_checkpoint: bool = True
     """Recompute activations in the backward pass: less memory, a third more time."""
+    compile: Annotated[bool, Flag(negative=())] = False
+    """Compile the decoder layers (torch.compile, a minute or so at the start), if a timed batch is then faster."""
     eval_every: int = 0
     """Steps between validation losses (needs --val-split); 0: at the end only."""
     save_every: int = 100

@@ -33,6 +33,7 @@ from qmica import (
     bases,
     data,
     durable,
+    kernels,
     loss,
     memory,
     model,
@@ -275,9 +276,10 @@ class Loop:
                 f"a batch of {' x '.join(map(str, longest.input_ids.shape))} tokens does not fit into the memory of "
                 f"{self.accelerator.device}: a smaller --max-seq-length, --batch-size or --bits takes less"
             ) from error
-        self.optimizer.zero_grad(set_to_none=True)
-        self.network.eval()
-        self.tokens = tokens
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.network.eval()
+            self.tokens = tokens
         return min(seconds) / longest.tokens
 
     # -- saving and going on
@@ -565,7 +567,7 @@ def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[
         f"{count:,} coefficients in {layers} linears (rank {job.adapter.rank}, alpha {job.adapter.scaling_alpha:g}), "
         f"beside {frozen:,} frozen weights"
     )
-    seconds = loop.rehearse()
+    seconds = kernels.settle(network, job.training.compile, loop.rehearse, say)
     epoch = loop.stream.first_epoch
     tokens = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
     window = "1 batch" if loop.window == 1 else f"{loop.window} batches"

@@ -16,7 +16,7 @@ LAYERS = (
     {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases"},
     {"linear", "data", "memory", "model", "streaming"},
-    {"adapter"},
+    {"adapter", "kernels"},
     {"training", "evaluation", "merging", "exporting", "chatting", "doctor", "inventory", "compensation", "spectra"},
     {"__init__", "__main__", "cli"},
 )

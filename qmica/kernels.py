@@ -1,0 +1,144 @@
+"""Faster kernels for what stands between the frozen linears, each kept only where it pays on the machine at hand.
+
+How: an `Exchange` puts other functions in the place of some of the model's and takes them out again. Before training a
+batch is timed with and without it, in turns; what is not faster is left out, and the figures are said.
+
+- `--compile`: torch.compile of each decoder layer in training. One graph serves all layers. The linears stay outside:
+  traced, their two dequantizations (forward and backward) become one, whose result is kept in between (8.5 MB more for
+  a layer of SmolLM2 that holds 41), and `--stream` would find another layer's weights in it.
+- Liger (arXiv 2410.10989; the extra `liger`, on CUDA): Triton kernels for RMSNorm, RoPE and SwiGLU.
+
+What it gives up: with another kernel the last bits differ, so a run is bit-identical to another one only where both
+kept the same. Evaluation and answers are never compiled: each of their shapes would be compiled anew.
+"""
+
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from qmica import progress, quant
+from qmica.linear import MicaLinear
+
+PAIRS = 2  # timings with and without, in turns; each is the better of two batches
+GAIN = 1.02  # less than this is the noise of the clock
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """`owner.name` is to be `new`: a method of one module, or a function of a Python module."""
+
+    owner: object
+    name: str
+    new: Callable
+
+
+class Exchange:
+    """Replacements that go in and out together."""
+
+    def __init__(self, name: str, replacements: Sequence[Replacement]):
+        self.name, self.replacements = name, replacements
+        self._before: list[Callable | None] | None = None
+
+    def put(self) -> None:
+        if self._before is None:
+            self._before = [vars(part.owner).get(part.name) for part in self.replacements]
+            for part in self.replacements:
+                setattr(part.owner, part.name, part.new)
+
+    def take(self) -> None:
+        """Everything as it was before."""
+        for part, before in zip(self.replacements, self._before or [], strict=False):
+            if before is None:  # a module finds the method of its class again
+                delattr(part.owner, part.name)
+            else:
+                setattr(part.owner, part.name, before)
+        self._before = None
+
+
+def settle(network: nn.Module, compiled: bool, seconds: Callable[[], float], say: Callable[[str], None]) -> float:
+    """Keep of the kernels asked for (`compiled`) and installed what pays. seconds: runs a training batch, gives seconds
+    a token. Returns those with what was kept.
+    """
+    found = seconds()
+    if compiled:
+        kept = kept_if_faster(compiling(network), seconds, say)
+        if kept is not None:
+            return kept  # what Liger would do is fused with the rest already
+    for exchange in liger(network):
+        found = kept_if_faster(exchange, seconds, say) or found
+    return found
+
+
+def kept_if_faster(exchange: Exchange, seconds: Callable[[], float], say: Callable[[str], None]) -> float | None:
+    """Seconds a token with it, where it is faster and was kept; None where it was left out again."""
+    began = time.perf_counter()
+    exchange.put()
+    try:
+        seconds()
+    except Exception as error:  # whatever a compiler, or the lack of one, makes of it
+        exchange.take()
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        say(f"{exchange.name} does not work here and is left out: {reason}")
+        return None
+    first = progress.duration(time.perf_counter() - began)
+    without, with_it = [], []
+    for _ in range(PAIRS):
+        exchange.take()
+        without.append(seconds())
+        exchange.put()
+        with_it.append(seconds())
+    one, other = statistics.median(with_it), statistics.median(without)
+    faster = other > GAIN * one
+    verdict = "kept" if faster else "left out"
+    say(f"{exchange.name}: {1 / one:,.0f} tokens/s, {1 / other:,.0f} without (first batch {first}): {verdict}")
+    if not faster:
+        exchange.take()
+    return one if faster else None
+
+
+# ---- torch.compile
+
+
+def compiling(network: nn.Module, backend: str = "inductor") -> Exchange:
+    """The decoder layers compiled in training mode, their linears as they are. backend: torch.compile's."""
+    layers = list(network.base_model.layers)
+    replacements = [Replacement(layer, "forward", _compiled(layer, backend)) for layer in layers]
+    for linear in (linear for layer in layers for linear in _outermost_linears(layer)):
+        replacements.append(Replacement(linear, "forward", torch.compiler.disable(linear.forward)))
+    return Exchange("--compile", replacements)
+
+
+def _compiled(layer: nn.Module, backend: str) -> Callable:
+    """A decoder layer's forward, compiled inside its activation checkpoint: a checkpoint that is traced may hold no
+    graph break, and its recomputation, which begins in the backward, would not run what the forward ran.
+    """
+    plain = layer.forward
+    inner = getattr(type(layer).forward, "__wrapped__", type(layer).forward)  # transformers wraps the checkpoint around
+    fast = torch.compile(inner, backend=backend, dynamic=True)  # rows of any length by one compilation
+
+    def forward(*arguments, **named):
+        if not layer.training:
+            return plain(*arguments, **named)
+        if layer.gradient_checkpointing:
+            return layer._gradient_checkpointing_func(partial(fast, layer, **named), *arguments)
+        return fast(layer, *arguments, **named)
+
+    return forward
+
+
+def _outermost_linears(layer: nn.Module) -> Iterator[nn.Module]:
+    """The adapted linears, and the frozen ones that are not inside one of those."""
+    inside = {module.base for module in layer.modules() if isinstance(module, MicaLinear)}
+    for module in layer.modules():
+        if isinstance(module, MicaLinear) or (isinstance(module, quant.FrozenLinear) and module not in inside):
+            yield module
+
+
+def liger(network: nn.Module) -> list[Exchange]:
+    return []
