@@ -13,11 +13,13 @@ kept the same. Evaluation and answers are never compiled: each of their shapes w
 """
 
 import statistics
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -140,5 +142,86 @@ def _outermost_linears(layer: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+# ---- Liger
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's modules, as Liger's kernels see them. offset: what is added to a norm's weight; casting: what of the
+    norm is computed in fp32 (llama: the mean square; gemma: all of it); gated: the class whose `down(silu(gate) · up)`
+    is to be replaced, none where the activation is another.
+    """
+
+    norm: str
+    gated: str | None
+    offset: float = 0.0
+    casting: str = "llama"
+
+
+FAMILIES = {
+    "llama": Family("LlamaRMSNorm", "LlamaMLP"),
+    "qwen2": Family("Qwen2RMSNorm", "Qwen2MLP"),
+    "gemma2": Family("Gemma2RMSNorm", None, offset=1.0, casting="gemma"),
+}
+
+
 def liger(network: nn.Module) -> list[Exchange]:
-    return []
+    """Liger's kernels for a model on CUDA; none where they are not installed, or the family is not known to fit."""
+    family = FAMILIES.get(network.config.model_type)
+    if family is None or find_spec("liger_kernel") is None:
+        return []
+    device = next(_of_class(network, family.norm)).weight.device
+    return _liger_exchanges(network, family, device) if device.type == "cuda" else []
+
+
+def _of_class(network: nn.Module, name: str | None) -> Iterator[nn.Module]:
+    return (module for module in network.modules() if type(module).__name__ == name)
+
+
+def _liger_exchanges(network: nn.Module, family: Family, device: torch.device) -> list[Exchange]:
+    norms = [Replacement(norm, "forward", _rms_norm(norm, family)) for norm in _of_class(network, family.norm)]
+    modeling = sys.modules[type(network.base_model).__module__]
+    rope = Replacement(modeling, "apply_rotary_pos_emb", _rope(modeling.apply_rotary_pos_emb, device))
+    swiglu = [Replacement(mlp, "forward", _swiglu(mlp)) for mlp in _of_class(network, family.gated) if _is_silu(mlp)]
+    found = {"RMSNorm": norms, "RoPE": [rope], "SwiGLU": swiglu}
+    return [Exchange(f"Liger's {name}", parts) for name, parts in found.items() if parts]
+
+
+def _rms_norm(norm: nn.Module, family: Family) -> Callable:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        in_place = False  # in place it would write over a gradient that the residual needs too
+        return LigerRMSNormFunction.apply(hidden_states, norm.weight, epsilon, family.offset, family.casting, in_place)
+
+    return forward
+
+
+def _rope(plain: Callable, device: torch.device) -> Callable:
+    """For queries and keys (rows, heads, tokens, head_dim). It turns them in their place, which is what the projections
+    gave: nothing else may read that later. The function is the family's: models elsewhere keep the plain one.
+    """
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def rotate(q, k, cos, sin, unsqueeze_dim: int = 1):
+        if q.device.type != device.type or unsqueeze_dim != 1:
+            return plain(q, k, cos, sin, unsqueeze_dim)
+        return LigerRopeFunction.apply(q, k, cos, sin)
+
+    return rotate
+
+
+def _is_silu(mlp: nn.Module) -> bool:
+    return mlp.config.hidden_act in ("silu", "swish")
+
+
+def _swiglu(mlp: nn.Module) -> Callable:
+    """Its backward writes the gradients over gate's and up's outputs, which nothing else reads."""
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return mlp.down_proj(LigerSiLUMulFunction.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+
+    return forward

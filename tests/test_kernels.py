@@ -1,10 +1,16 @@
 """Exchanged kernels against the model's own: the same gradients, nothing left behind, and kept only where they pay."""
 
+import importlib
 import shutil
+import sys
+import types
 
 import pytest
 import small_runs
 import torch
+from tiny import tiny_model
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from qmica import kernels, streaming
 
@@ -152,8 +158,6 @@ def test_what_does_not_work_is_said_and_leaves_nothing(flags, tmp_path):
 
 
 def test_replacements_go_in_once_and_come_out(monkeypatch):
-    import types
-
     module, part = types.ModuleType("somewhere"), torch.nn.Linear(2, 2)
     module.rotate = original = lambda x: x
     new = [lambda x: x + 1, lambda x: x + 2]
@@ -176,3 +180,170 @@ def test_a_run_says_what_was_measured(flags, tmp_path, monkeypatch, capsys):
     small_runs.train(flags, out=tmp_path / "run", compile=True, steps=1)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--compile: ")]
     assert len(lines) == 1 and "tokens/s" in lines[0] and lines[0].endswith(("kept", "left out"))
+
+
+# ---- Liger
+
+
+GEMMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 448,
+}
+
+
+def network_of(family, dtype=torch.float32, device="cpu"):
+    """A loud model of transformers' own, its norms' weights random."""
+    torch.manual_seed(2)
+    if family == "gemma2":
+        config = Gemma2Config(num_key_value_heads=2, head_dim=32, attn_implementation="eager", **GEMMA)
+        network = AutoModelForCausalLM.from_config(config)
+        for name, part in network.named_parameters():
+            part.data.add_(torch.randn_like(part) * (0.3 if "norm" in name else 0.05))
+    else:
+        network = tiny_model(family)
+    return network.to(device, dtype).requires_grad_(False)
+
+
+def states_and_gradient(network, dtype=torch.float32, device="cpu"):
+    """Last hidden states of 2 x 33 tokens, and the gradient of what goes in."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 33, network.config.hidden_size, generator=generator).to(device, dtype).requires_grad_()
+    hidden = network.base_model(inputs_embeds=x, use_cache=False).last_hidden_state
+    hidden.backward(torch.randn(hidden.shape, generator=generator).to(device, dtype))
+    return hidden.detach(), x.grad
+
+
+def relative(found, expected) -> float:
+    return max(float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True))
+
+
+class NormStandIn:
+    """What Liger's documentation says of `LigerRMSNormFunction.apply`, by torch."""
+
+    @staticmethod
+    def apply(X, W, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None):
+        assert casting_mode == ("gemma" if offset else "llama") and not in_place
+        return X * torch.rsqrt(X.square().mean(-1, keepdim=True) + eps) * (W + offset)
+
+
+class RopeStandIn:
+    @staticmethod
+    def apply(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+        def turned(x):  # (rows, heads, tokens, head_dim), by complex numbers
+            half = x.shape[-1] // 2
+            angle = torch.complex(cos[..., :half], sin[..., :half]).unsqueeze(1)
+            whole = torch.complex(x[..., :half], x[..., half:]) * angle
+            return torch.cat([whole.real, whole.imag], dim=-1)
+
+        return turned(q), turned(k)
+
+
+class SwiGLUStandIn:
+    @staticmethod
+    def apply(a, b, gate_multiplier=1.0, down_multiplier=1.0):
+        return functional.silu(a) * b
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """A `liger_kernel` that runs on a CPU, to see that each kernel gets what it asks for, and that it was asked."""
+    asked = []
+    parts = {"rms_norm": ("LigerRMSNormFunction", NormStandIn), "rope": ("LigerRopeFunction", RopeStandIn)}
+    parts["swiglu"] = ("LigerSiLUMulFunction", SwiGLUStandIn)
+    for package in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    for name, (function, kind) in parts.items():
+        module = types.ModuleType(f"liger_kernel.ops.{name}")
+
+        def apply(*arguments, name=name, kind=kind):
+            asked.append(name)
+            return kind.apply(*arguments)
+
+        setattr(module, function, types.SimpleNamespace(apply=apply))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return asked
+
+
+COUNTS = {"RMSNorm": {"llama": 5, "qwen2": 5, "gemma2": 9}, "RoPE": 2, "SwiGLU": 2}  # of models of two layers
+
+
+@pytest.mark.parametrize("family", kernels.FAMILIES)
+def test_each_kernel_is_asked_for_what_the_family_computes(family, stand_ins):
+    network = network_of(family)
+    expected = states_and_gradient(network)
+    exchanges = kernels._liger_exchanges(network, kernels.FAMILIES[family], torch.device("cpu"))
+    assert [exchange.name for exchange in exchanges] == [
+        f"Liger's {name}" for name in ("RMSNorm", "RoPE", "SwiGLU")[: 2 if family == "gemma2" else 3]
+    ]
+    for exchange in exchanges:
+        stand_ins.clear()
+        exchange.put()
+        found = states_and_gradient(network)
+        exchange.take()
+        count = COUNTS[exchange.name.removeprefix("Liger's ")]
+        assert len(stand_ins) == (count[family] if isinstance(count, dict) else count)
+        assert relative(found, expected) < 1e-5, (exchange.name, relative(found, expected))
+    stand_ins.clear()
+    assert relative(states_and_gradient(network), expected) == 0 and not stand_ins
+
+
+@pytest.mark.parametrize("family", kernels.FAMILIES)
+def test_the_table_names_classes_that_exist(family):
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    row = kernels.FAMILIES[family]
+    assert hasattr(modeling, row.norm) and hasattr(modeling, "apply_rotary_pos_emb")
+    assert row.gated is None or hasattr(modeling, row.gated)
+
+
+def test_a_cpu_keeps_its_own(stand_ins, monkeypatch):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: True)
+    assert kernels.liger(network_of("llama")) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("family", kernels.FAMILIES)
+def test_liger_is_exact_on_a_gpu(family, dtype, allowed):
+    """Each kernel against the model's own, in the hidden states and the gradient of the input."""
+    pytest.importorskip("liger_kernel")
+    network = network_of(family, dtype, "cuda")
+    expected = states_and_gradient(network, dtype, "cuda")
+    exchanges = kernels.liger(network)
+    assert len(exchanges) == (2 if family == "gemma2" else 3)
+    for exchange in exchanges:
+        exchange.put()
+        distance = relative(states_and_gradient(network, dtype, "cuda"), expected)
+        exchange.take()
+        print(f"{exchange.name}, {family}, {dtype}: {distance:.1e}")
+        assert distance < allowed, f"{exchange.name}: {distance:.1e}"
+
+
+@pytest.mark.gpu
+def test_liger_trains_a_quantized_model_on_a_gpu(flags, tmp_path):
+    """Beside frozen linears and activation checkpointing, every coefficient's gradient."""
+    pytest.importorskip("liger_kernel")
+    from test_streaming import on_gpu
+
+    loop = on_gpu(flags, tmp_path, "none")
+    loop.network.train()
+    expected = gradients(loop)
+    for exchange in kernels.liger(loop.network):
+        exchange.put()
+        distance = apart(gradients(loop), expected)
+        exchange.take()
+        assert distance < 1e-4, f"{exchange.name}: {distance:.1e}"
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_gpu(flags, tmp_path):
+    from test_streaming import on_gpu
+
+    loop = on_gpu(flags, tmp_path, "host")
+    loop.network.train()
+    expected = gradients(loop)
+    kernels.compiling(loop.network).put()
+    distance = apart(gradients(loop), expected)
+    assert distance < 1e-4, f"{distance:.1e}"
