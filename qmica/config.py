@@ -184,6 +184,8 @@ class TrainingConfig:
     """Bytes the run may hold: 8GB, 8GiB, 900MB, or a number of GB; left out: four fifths of what is free."""
     grad_checkpoint: bool | None = None
     """Compute every layer again in the backward: least memory, a quarter more time; left out: as --memory has it."""
+    compile: Annotated[bool, Flag(negative=())] = False
+    """Compile the decoder layers (torch.compile, a minute or so at the start), if a timed batch is then faster."""
     eval_every: int = 0
     """Steps between validation losses (needs --val-split); 0: at the end only."""
     save_every: int = 100

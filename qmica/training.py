@@ -36,6 +36,7 @@ from qmica import (
     checkpointing,
     data,
     durable,
+    kernels,
     loss,
     memory,
     model,
@@ -614,7 +615,7 @@ def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[
         f"{count:,} coefficients in {layers} linears (rank {job.adapter.rank}, alpha {job.adapter.scaling_alpha:g}), "
         f"beside {frozen:,} frozen weights"
     )
-    seconds = loop.rehearse()
+    seconds = kernels.settle(network, job.training.compile, loop.rehearse, say)
     epoch = loop.stream.first_epoch
     tokens = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
     window = "1 batch" if loop.window == 1 else f"{loop.window} batches"

@@ -1,5 +1,7 @@
 """What is chosen for a budget: no more is given up than must be, and what is chosen is within it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -76,9 +78,10 @@ def step_of(case, modes, parts):
 
 
 def test_the_ladder_goes_down_step_by_step(case):
-    """But for the first one: what a layer computes again it holds for that moment, beside what the others keep."""
-    totals = [total(case, modes) for modes in budget._ladder(case, None)][1:]
-    assert totals == sorted(totals, reverse=True) and len(set(totals)) > 2 * LAYERS - 2
+    """But where the first layer does: what a layer computes again is held for that moment beside what others keep."""
+    totals = [total(case, modes) for modes in budget._ladder(case, None)]
+    rises = [rung for rung, (one, other) in enumerate(pairwise(totals)) if other > one]
+    assert set(rises) <= {0, LAYERS} and totals[-1] < 0.7 * totals[0]
 
 
 def test_what_cannot_fit_takes_the_least_there_is(case):

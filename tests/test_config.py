@@ -64,6 +64,7 @@ DEFAULTS = {
         "--weight-decay": 0.01,
         "--clip": 1.0,
         "--grad-checkpoint": True,
+        "--compile": False,
         "--eval-every": 0,
         "--save-every": 100,
         "--out": None,

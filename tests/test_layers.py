@@ -30,7 +30,7 @@ LAYERS = (
     {"quant", "weights", "tokenizer", "runs", "bases"},
     {"linear", "data", "memory", "quantized", "window"},
     {"model", "streaming"},
-    {"adapter", "pace"},
+    {"adapter", "pace", "kernels"},
     {"budget"},
     {
         "training",
