@@ -95,8 +95,6 @@ def train(
         loop.restore(checkpoint)
         say(f"going on after step {loop.step}, from {checkpoint.folder}")
     _tell(job, network, loop, empty.num_parameters(), say)
-    prompt = job.training.probe or _first_words(prepared, tokens)
-    before = _answer(network, tokens, prompt, tuned=False)
     if resume is None and accelerator.is_main_process:
         run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose
     _start_tracker(accelerator, job, run)
@@ -104,6 +102,8 @@ def train(
     if accelerator.is_main_process:
         adapter.save_adapter(network, run.adapter)
         tokens.save_pretrained(run.adapter)
+    prompt = job.training.probe or _first_words(prepared, tokens)
+    before = _answer(network, tokens, prompt, tuned=False)  # as it was: without the adapter nothing has changed
     _conclude(run, loop, prompt, before, _answer(network, tokens, prompt), say)
     return run
 
@@ -257,9 +257,7 @@ class Loop:
 
         What does not fit in memory fails here and not after hours. Raises QmicaError where a GPU's is too small.
         """
-        epoch = self.stream.first_epoch
-        some = (epoch[i] for i in range(min(len(epoch), 64)))
-        longest = max(some, key=lambda batch: (batch.input_ids.numel(), batch.replays))  # replay is computed twice
+        longest = self._longest()
         tokens, seconds = self.tokens, []
         self.network.train()  # activations are checkpointed in training mode only
         try:
@@ -276,6 +274,20 @@ class Loop:
         self.network.eval()
         self.tokens = tokens
         return min(seconds) / longest.tokens
+
+    def _longest(self) -> packing.Batch:
+        epoch = self.stream.first_epoch
+        some = (epoch[i] for i in range(min(len(epoch), 64)))
+        return max(some, key=lambda batch: (batch.input_ids.numel(), batch.replays))  # replay is computed twice
+
+    def opens_with_the_longest(self) -> bool:
+        """Whether the next step is as good as a rehearsal: on a CPU, where one takes seconds, if one of its batches is
+        about as long.
+        """
+        longest = self._longest()
+        enough = 0.95 * longest.input_ids.numel()
+        alike = (batch for batch in self._own(self.step)[0] if bool(batch.replays) >= bool(longest.replays))
+        return self.accelerator.device.type == "cpu" and any(batch.input_ids.numel() >= enough for batch in alike)
 
     # -- saving and going on
 
@@ -356,6 +368,7 @@ class Loop:
 
 
 # ---- parts of a step
+
 
 SCHEDULES = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
@@ -559,11 +572,14 @@ def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[
         f"{count:,} coefficients in {layers} linears (rank {job.adapter.rank}, alpha {job.adapter.scaling_alpha:g}), "
         f"beside {frozen:,} frozen weights"
     )
+    window = "1 batch" if loop.window == 1 else f"{loop.window} batches"
+    steps = f"{loop.total} steps of {window}, optimizer {loop.optimizer_name}"
+    if loop.opens_with_the_longest():
+        say(f"{steps}: the first one will tell how long")
+        return
     seconds = loop.rehearse()
     epoch = loop.stream.first_epoch
     tokens = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
-    window = "1 batch" if loop.window == 1 else f"{loop.window} batches"
-    steps = f"{loop.total} steps of {window}, optimizer {loop.optimizer_name}"
     say(f"{steps}: about {progress.duration(tokens)}")
 
 
