@@ -100,8 +100,6 @@ def train(
         loop.restore(checkpoint)
         say(f"going on after step {loop.step}, from {checkpoint.folder}")
     _tell(job, network, loop, empty.num_parameters(), say)
-    prompt = job.training.probe or _first_words(prepared, tokens)
-    before = _answer(network, tokens, prompt, tuned=False)
     if resume is None and accelerator.is_main_process:
         run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose
     _start_tracker(accelerator, job, run)
@@ -109,6 +107,8 @@ def train(
     if accelerator.is_main_process:
         adapter.save_adapter(network, run.adapter)
         tokens.save_pretrained(run.adapter)
+    prompt = job.training.probe or _first_words(prepared, tokens)
+    before = _answer(network, tokens, prompt, tuned=False)  # as it was: without the adapter nothing has changed
     _conclude(run, loop, prompt, before, _answer(network, tokens, prompt), say)
     return run
 
@@ -313,6 +313,15 @@ class Loop:
                 f"{where}: one row of {self.job.data.max_seq_length} tokens does not fit into that of "
                 f"{self.accelerator.device}: a smaller --max-seq-length, --rank or --bits takes less"
             )
+
+    def opens_with_the_longest(self) -> bool:
+        """Whether the next step is as good as a rehearsal: on a CPU, where one takes seconds, if one of its batches is
+        about as long.
+        """
+        longest = packing.longest(self.stream.first_epoch)
+        enough = 0.95 * longest.input_ids.numel()
+        alike = (batch for batch in self._own(self.step)[0] if bool(batch.replays) >= bool(longest.replays))
+        return self.accelerator.device.type == "cpu" and any(batch.input_ids.numel() >= enough for batch in alike)
 
     # -- saving and going on
 
@@ -615,11 +624,14 @@ def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[
         f"{count:,} coefficients in {layers} linears (rank {job.adapter.rank}, alpha {job.adapter.scaling_alpha:g}), "
         f"beside {frozen:,} frozen weights"
     )
+    window = "1 batch" if loop.window == 1 else f"{loop.window} batches"
+    steps = f"{loop.total} steps of {window}, optimizer {loop.optimizer_name}"
+    if loop.opens_with_the_longest() and not job.training.compile:
+        say(f"{steps}: the first one will tell how long")
+        return
     seconds = kernels.settle(network, job.training.compile, loop.rehearse, say)
     epoch = loop.stream.first_epoch
     tokens = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
-    window = "1 batch" if loop.window == 1 else f"{loop.window} batches"
-    steps = f"{loop.total} steps of {window}, optimizer {loop.optimizer_name}"
     say(f"{steps}: about {progress.duration(tokens)}")
 
 
