@@ -86,15 +86,12 @@ def train(*, resume: str | Path | Run | None = None, **options: Any) -> Run:
     return training.train(*(kind() for kind in kinds), folder)
 
 
-def plan(*, memory: str | float | None = None, **options: Any) -> dict:
-    """What `train` with the same options will take: memory, disk and time; the numbers of `qmica plan --json`.
-
-    memory: the most it may hold, "8GB" or a number of GB; None is what is free. options: as for `train`.
-    """
+def plan(**options: Any) -> dict:
+    """What `train` with the same options will take: memory, disk and time; the numbers of `qmica plan --json`."""
     from qmica import config, planning
 
-    kinds = (config.ModelConfig, config.AdapterConfig, config.DataConfig, config.TrainingConfig, config.MemoryConfig)
-    return planning.plan(*_split("plan", {**options, "memory": memory}, *kinds), False)
+    kinds = (config.ModelConfig, config.AdapterConfig, config.DataConfig, config.TrainingConfig)
+    return planning.plan(*_split("plan", options, *kinds), False)
 
 
 def eval(run: str | Path | Run | None = None, **options: Any) -> dict:
@@ -167,18 +164,20 @@ def inspect(model: str | Path | None = None, **options: Any) -> dict:
 def load(model: str | Path = "smollm2-135m", **options: Any) -> tuple[Module, PreTrainedTokenizerBase]:
     """A transformers model with frozen, quantized linears, and its tokenizer.
 
-    model: as for --model. options: the other fields of ModelConfig (`bits`, `dtype`, `device`, `revision`, `threads`).
+    model: as for --model. options: the other fields of ModelConfig (`bits`, `dtype`, `device`, `stream`, `revision`,
+    `threads`).
     """
     import torch
 
-    from qmica import config, source, tokenizer
+    from qmica import config, source, streaming, tokenizer
     from qmica import model as models
 
     (plan,) = _split("load", {**options, "model": str(model)}, config.ModelConfig)
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     found = source.resolve(plan.model, plan.revision)
-    return models.load(found, plan.bits, plan.dtype, plan.device), tokenizer.load(found)
+    loaded = models.load(found, plan.bits, plan.dtype, plan.device, stream=plan.stream)
+    return streaming.start(loaded, plan.stream), tokenizer.load(found)
 
 
 def attach(model: Module, *, seed: int = 0, **options: Any) -> Module:

@@ -25,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qmica import bases, durable, quant, runs, source, subspace, targets, tokenizer
+from qmica import bases, durable, quant, runs, source, streaming, subspace, targets, tokenizer
 from qmica.config import AdapterConfig, ModelConfig
 from qmica.errors import QmicaError
 from qmica.linear import MicaLinear
-from qmica.model import Base, load
+from qmica.model import Base, choose_device, load
 from qmica.weights import open_weights
 
 log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def _adapted(
             B = subspace.random_subspace(quant.Stored.of(linear), options.rank, generator)
     else:
         B = found[name]
-    return MicaLinear.from_base(linear, B.to(linear.weight.device), options.scaling_alpha, options.dropout)
+    return MicaLinear.from_base(linear, B.to(linear.device), options.scaling_alpha, options.dropout)
 
 
 def _wire(model: nn.Module, options: AdapterConfig) -> nn.Module:
@@ -411,9 +411,10 @@ def _fits(module: nn.Module | None, part: Factors) -> bool:
 
 def _restored(linear: nn.Module, part: Factors, options: AdapterConfig) -> MicaLinear:
     """The linear with its stored A and B."""
+    linear = quant.freeze(linear)
     layer = MicaLinear(
-        quant.freeze(linear),
-        part.B.to(linear.weight.device),
+        linear,
+        part.B.to(linear.device),
         part.scale,
         options.dropout,
         train_B=options.method == "lora",
@@ -454,5 +455,7 @@ def open_run(
     adapter = read_adapter(run.adapter, scale)
     config = ModelConfig(**{**run.model_config(adapter.base), **changes})
     found = source.resolve(config.model, config.revision)
-    model = load(found, config.bits, config.dtype, config.device)
+    on_cpu = choose_device(config.device).type == "cpu"
+    stream = "none" if on_cpu and config.stream == "host" else config.stream  # host memory is where a CPU has them
+    model = streaming.start(load(found, config.bits, config.dtype, config.device, stream=stream), stream)
     return (load_adapter(model, adapter) if tuned else model), tokenizer.load(found)

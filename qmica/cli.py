@@ -26,7 +26,6 @@ from qmica.config import (
     EvalConfig,
     ExportConfig,
     InspectConfig,
-    MemoryConfig,
     ModelConfig,
     TrainingConfig,
 )
@@ -46,7 +45,7 @@ ConfigFile = Annotated[
 
 # frozen, so that one of each can be the default of every call
 _MODEL, _ADAPTER, _DATA, _TRAINING = ModelConfig(), AdapterConfig(), DataConfig(), TrainingConfig()
-_EVAL, _EXPORT, _CHAT, _INSPECT, _MEMORY = EvalConfig(), ExportConfig(), ChatConfig(), InspectConfig(), MemoryConfig()
+_EVAL, _EXPORT, _CHAT, _INSPECT = EvalConfig(), ExportConfig(), ChatConfig(), InspectConfig()
 
 
 def _version() -> str:
@@ -134,7 +133,6 @@ def plan(
     adapter: AdapterConfig = _ADAPTER,
     data: DataConfig = _DATA,
     training: TrainingConfig = _TRAINING,
-    memory: MemoryConfig = _MEMORY,
     as_json: Json = False,
     config_file: ConfigFile = None,
 ) -> None:
@@ -147,7 +145,7 @@ def plan(
     """
     from qmica import planning
 
-    planning.plan(model, adapter, data, training, memory, as_json)
+    planning.plan(model, adapter, data, training, as_json)
 
 
 @app.command(

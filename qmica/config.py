@@ -32,6 +32,18 @@ def _as_tuple(value: str | Path | Sequence) -> tuple[str, ...]:
     return (str(value),) if isinstance(value, str | Path) else tuple(str(part) for part in value)
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def _nbytes(text: str) -> float:
+    """Bytes of a size as people write it: 8GB, 7.5G, 8GiB, 900MB; a plain number is GB. 0 for nonsense."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        return 0
+    number, unit, binary = found.groups()
+    return float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or "g")
+
+
 @Parameter(name="*", group=Group("Model", sort_key=1))
 @dataclass(frozen=True)
 class ModelConfig:
@@ -47,6 +59,8 @@ class ModelConfig:
     """What the arithmetic is done in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     device: str = "auto"
     """cpu, cuda or cuda:N; auto: CUDA where there is one."""
+    stream: Literal["none", "host", "disk"] = "none"
+    """Keep two decoder layers' weights on the device, the rest in host memory (for a GPU) or in a file on the disk."""
     threads: int | None = None
     """CPU threads; left out: all cores."""
 
@@ -166,8 +180,12 @@ class TrainingConfig:
     """AdamW's decoupled weight decay."""
     clip: float = 1.0
     """Largest norm of a gradient; 0: not clipped."""
-    grad_checkpoint: bool = True
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    memory: str | None = None
+    """Bytes the run may hold: 8GB, 8GiB, 900MB, or a number of GB; left out: four fifths of what is free."""
+    grad_checkpoint: bool | None = None
+    """Compute every layer again in the backward: least memory, a quarter more time; left out: as --memory has it."""
+    compile: Annotated[bool, Flag(negative=())] = False
+    """Compile the decoder layers (torch.compile, a minute or so at the start), if a timed batch is then faster."""
     eval_every: int = 0
     """Steps between validation losses (needs --val-split); 0: at the end only."""
     save_every: int = 100
@@ -182,12 +200,17 @@ class TrainingConfig:
     """A prompt answered before and after training; left out: the start of the first document."""
 
     def __post_init__(self):
+        object.__setattr__(self, "memory", None if self.memory is None else str(self.memory))
         _require(
             (0 < self.lr < inf, f"--lr {self.lr}: give more than 0"),
             (0 < self.epochs < inf, f"--epochs {self.epochs}: give more than 0"),
             (self.steps is None or self.steps > 0, f"--steps {self.steps}: give 1 or more"),
             (self.batch_size > 0, f"--batch-size {self.batch_size}: give 1 or more"),
             (self.grad_accum > 0, f"--grad-accum {self.grad_accum}: give 1 or more"),
+            (
+                self.memory is None or _nbytes(self.memory) > 0,
+                f"--memory {self.memory}: give a size such as 8GB, 7.5G, 8GiB or 900MB, or a number of GB",
+            ),
             (0 <= self.warmup < 1, f"--warmup {self.warmup}: give 0 or more and less than 1"),
             (0 <= self.weight_decay < inf, f"--weight-decay {self.weight_decay}: give 0 or more"),
             (self.clip >= 0, f"--clip {self.clip}: give 0 or more"),
@@ -196,39 +219,9 @@ class TrainingConfig:
             (self.seed >= 0, f"--seed {self.seed}: give 0 or more"),
         )
 
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-
-
-def _nbytes(text: str) -> float:
-    """Bytes of a size as people write it: 8GB, 7.5G, 8GiB, 900MB; a plain number is GB. 0 for nonsense."""
-    found = _SIZE.fullmatch(text.strip())
-    if not found:
-        return 0
-    number, unit, binary = found.groups()
-    return float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or "g")
-
-
-@Parameter(name="*", group=Group("Memory", sort_key=5))
-@dataclass(frozen=True)
-class MemoryConfig:
-    """What a run may take."""
-
-    memory: str | None = None
-    """Bytes it may hold at a time: 8GB, 8GiB, 900MB, or a number of GB; left out: what is free."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "memory", None if self.memory is None else str(self.memory))
-        _require(
-            (
-                self.memory is None or _nbytes(self.memory) > 0,
-                f"--memory {self.memory}: give a size such as 8GB, 7.5G, 8GiB or 900MB, or a number of GB",
-            )
-        )
-
     @property
-    def nbytes(self) -> int | None:
-        """The budget in bytes; None for what is free."""
+    def memory_bytes(self) -> int | None:
+        """--memory in bytes; None for what is free."""
         return None if self.memory is None else int(_nbytes(self.memory))
 
 

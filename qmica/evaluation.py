@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from qmica import adapter, data, loss, memory, model, packing, runs, samples, source, tokenizer
+from qmica import adapter, allocator, data, loss, model, packing, runs, samples, source, streaming, tokenizer
 from qmica.config import EvalConfig, ModelConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
@@ -195,7 +195,7 @@ def evaluate(
     Raises QmicaError for a missing run, unusable data or questions.
     """
     say = (lambda text: None) if as_json else print
-    memory.keep_freed_memory()
+    allocator.keep_freed()
     if model_config is not None and config.scale != 1:
         raise QmicaError(f"--scale {config.scale:g} is for a run: a --model alone has no adapter")
     opened = runs.find(run) if model_config is None else None
@@ -230,7 +230,8 @@ def _open(
     if alone.threads:
         torch.set_num_threads(alone.threads)
     found = source.resolve(alone.model, alone.revision, say)
-    return model.load(found, alone.bits, alone.dtype, alone.device), tokenizer.load(found)
+    network = model.load(found, alone.bits, alone.dtype, alone.device, stream=alone.stream)
+    return streaming.start(network, alone.stream), tokenizer.load(found)
 
 
 def _questions(config: EvalConfig, opened: runs.Run | None) -> list[Question]:

@@ -108,10 +108,9 @@ class MicaLinear(nn.Module):
         """LoRA (arXiv 2106.09685) on the same code: B starts at zero and is trained, A starts as Kaiming-uniform
         noise.
         """
-        device = base.weight.device
-        layer = cls(
-            quant.freeze(base), torch.zeros(base.out_features, rank, device=device), alpha / rank, dropout, True
-        )
+        base = quant.freeze(base)
+        B = torch.zeros(base.out_features, rank, device=base.device)
+        layer = cls(base, B, alpha / rank, dropout, train_B=True)
         nn.init.kaiming_uniform_(layer.A, a=math.sqrt(5))  # PEFT's reset_lora_parameters
         return layer
 

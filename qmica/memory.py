@@ -11,16 +11,14 @@ least) fills such a request only from a hole that is 96 bytes larger: a tensor d
 been. How large the holes grow is measured (scripts/check_plan.py), by two factors: for what layers keep, and for what
 comes and goes within a layer.
 
-What it gives up: tensors of 32 MB and more are taken to leave no holes, as `keep_freed_memory` has them mapped; and
+What it gives up: tensors of 32 MB and more are taken to leave no holes, as `allocator.keep_freed` has them mapped; and
 what loading and subspaces take for a moment.
 """
 
-import contextlib
-import ctypes
 import functools
 import gc
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,16 +26,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qmica import loss, quant, targets
+from qmica import allocator, loss, quant, targets
 from qmica.checkpointing import MODES
-from qmica.config import AdapterConfig, TrainingConfig
+from qmica.config import AdapterConfig, Job, TrainingConfig
 from qmica.durable import size_text
 from qmica.errors import QmicaError
+from qmica.source import Headers
+from qmica.weights import packed_bytes
 
 PLAIN, PRODUCTS, CHECKPOINT = MODES
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-MAPPED_FROM = 2**25  # bytes: the most that glibc allows for M_MMAP_THRESHOLD; larger tensors are mapped one by one
 
 # fitted by scripts/check_plan.py on a CPU
 IMPORTS = 0.34e9  # bytes of the process with torch, transformers and bitsandbytes imported
@@ -72,8 +70,8 @@ class Case:
     """All that the bytes of a run follow from.
 
     model: on the meta device. modes: one of checkpointing.MODES a decoder layer; None: as --grad-checkpoint says.
-    mapped: the frozen weights are pages of a file (not counted on a CPU). streamed: two decoder layers' weights are
-    held at a time. packed: bytes of the weights that the model's files hold quantized already, by name.
+    mapped: names of the weights that are pages of a file and not counted. streamed: two decoder layers' weights
+    are held at a time. packed: bytes of the weights that the model's files hold quantized already, by name.
     """
 
     model: nn.Module
@@ -84,9 +82,19 @@ class Case:
     compute: torch.dtype
     device: str = "cpu"
     modes: tuple[str, ...] | None = None
-    mapped: bool = False
+    mapped: Collection[str] = ()
     streamed: bool = False
     packed: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, job: Job, headers: Headers, model: nn.Module, rows: Rows, compute: torch.dtype, device: torch.device
+    ) -> "Case":
+        """A job's, on the model that these headers are of."""
+        packed = packed_bytes(headers)
+        mapped = _mapped(model, headers, packed, job.model.bits) if device.type == "cpu" else ()
+        options = job.model.bits, job.adapter, job.training, rows, compute, device.type
+        return cls(model, *options, mapped=mapped, streamed=job.model.stream != "none", packed=packed)
 
     @property
     def config(self):
@@ -134,6 +142,17 @@ class Case:
         return replace(self, rows=replace(self.rows, length=length))
 
 
+def _mapped(model: nn.Module, headers: Headers, packed: Collection[str], bits: int) -> frozenset[str]:
+    """The matrices that `model.load` maps: all that come from the cache of quantized models; of others those that their
+    file has in the type they are held in.
+    """
+    cached = bits < 16 and not packed
+    bf16 = {name for name, (stored, _) in headers.tensors.items() if stored == "BF16"}
+    in_place = {*packed, *(bf16 if headers.source.kind == "safetensors" else ())}
+    matrices = [name for name, parameter in model.named_parameters() if len(parameter.shape) == 2]
+    return frozenset(name for name in matrices if cached or name in in_place)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Bytes by part."""
@@ -154,12 +173,12 @@ def plan(case: Case) -> Plan:
     return Plan({name: part(case) for name, part in PARTS.items()})
 
 
-def longest(case: Case, budget: float, limit: int) -> int:
-    """The most tokens a row, up to `limit`, with which the plan stays within `budget` bytes; 0 where none does."""
+def longest(fits: Callable[[int], bool], limit: int) -> int:
+    """The most tokens a row, up to `limit`, of which fits(tokens) is true; 0 where it never is."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if plan(case.over(middle)).total <= budget else (low, middle - 1)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 
@@ -184,11 +203,15 @@ def _held_weights(case: Case) -> Iterator[tuple[str, float]]:
             yield name, 2 * parameter.numel() if targets.stays_16bit(name) else count_bytes(*parameter.shape)
 
 
+def mapped_bytes(case: Case) -> float:
+    """Those of the frozen weights that are pages of a file."""
+    return sum(size for name, size in _held_weights(case) if name in case.mapped)
+
+
 def _weights(case: Case) -> float:
-    if case.mapped and case.device == "cpu":
-        return 0
     share = min(1, 2 / case.config.num_hidden_layers) if case.streamed else 1
-    return sum(size * (share if ".layers." in name else 1) for name, size in _held_weights(case))
+    held = ((name, size) for name, size in _held_weights(case) if name not in case.mapped)
+    return sum(size * (share if ".layers." in name else 1) for name, size in held)
 
 
 def _B(case: Case) -> float:
@@ -379,7 +402,7 @@ def _holes(case: Case) -> float:
 
 
 def _small(sizes) -> float:
-    return sum(size for size in sizes if size < MAPPED_FROM)
+    return sum(size for size in sizes if size < allocator.MAPPED_FROM)
 
 
 # In the order in which they are shown. Others may be exchanged one by one: each depends on the case alone.
@@ -398,20 +421,6 @@ PARTS: dict[str, Callable[[Case], float]] = {
 
 
 # ---- what is held
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of giving it back to the kernel, which then has to clear it again.
-
-    A forward frees and takes the same buffers of a few MB in every layer; measured on SmolLM2 on a CPU, a third of the
-    time of an evaluation was the kernel clearing 260 GB of pages. Elsewhere than on glibc nothing is done.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc allows
 
 
 def available(device: torch.device) -> int:
@@ -438,8 +447,7 @@ def give_back(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        allocator.give_back()
 
 
 def measure(device: torch.device) -> int:
@@ -479,14 +487,15 @@ def peak(device: torch.device) -> Iterator[Callable[[], int]]:
         sampler.join()
 
 
-def require_fit(plan: Plan, device: torch.device, say: Callable[[str], None]) -> None:
-    """Say what a run needs and what there is. Raises QmicaError where the frozen weights alone do not fit."""
+def require_fit(plan: Plan, budget: int, device: torch.device, say: Callable[[str], None]) -> None:
+    """Say what a run needs and what it may take. Raises QmicaError where the frozen weights alone do not fit."""
     free = available(device)
     say(f"memory: needs about {plan}; {size_text(free)} are free on {device.type}")
-    if plan.parts["weights"] > free:
+    if plan.parts["weights"] > min(free, budget):
         raise QmicaError(
-            f"the model needs {size_text(plan.parts['weights'])} for its weights alone, {size_text(free)} are free on "
-            f"{device.type}: choose a smaller --model or fewer --bits, or close other programs"
+            f"the model needs {size_text(plan.parts['weights'])} for its weights alone, "
+            f"{size_text(min(free, budget))} may be taken on {device.type}: choose a smaller --model or fewer --bits, "
+            "or close other programs"
         )
-    if plan.total > free:
-        say("this may not fit: a smaller --max-seq-length or --batch-size, or --bits 4, takes less")
+    if plan.total > budget:
+        say("this may not fit: a smaller --max-seq-length, --rank or --bits takes less")

@@ -3,14 +3,13 @@
 How: the model is built on the meta device from its config, then one walk over its `Weights` fills it: a linear inside
 a decoder layer becomes a frozen 4-, 8- or 16-bit linear the moment its tensor is read, everything else is kept in 16
 bits (norms and biases in the compute dtype). So a folder, a hub snapshot, a GGUF and a checkpoint quantized by
-bitsandbytes take one path, and no more than one tensor exists unquantized.
+bitsandbytes take one path, and no more than one tensor exists unquantized. What is quantized here is quantized into the
+cache (`quantized`) and loaded from there; what a file has in the right type already is mapped on a CPU, not copied.
 
 What it gives up: transformers' parallel loading, and weights that several modules share in other ways than tied
 embeddings.
 """
 
-import contextlib
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from qmica import architectures, quant, targets
+from qmica import allocator, architectures, quant, quantized, targets
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
 from qmica.source import Source
@@ -72,6 +71,12 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def require_stream(stream: str, device: torch.device) -> None:
+    """Raises QmicaError where the weights cannot be streamed that way to this device."""
+    if (stream, device.type) == ("host", "cpu"):
+        raise QmicaError("--stream host is for a GPU: a CPU's weights are in host memory already, use --stream disk")
+
+
 def read_config(source: Source) -> PretrainedConfig:
     """The transformers config of a source; a GGUF's is built from its own metadata. Raises QmicaError for an
     unsupported family.
@@ -97,13 +102,17 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    stream: str = "none",
 ) -> nn.Module:
     """The source's model with frozen weights: linears of decoder layers in `bits`, the rest in 16 bits, computing in
     `dtype`.
 
-    progress(done, total) is called after each weight. Raises QmicaError for files that do not make up the model.
+    stream: where not none, the linears of decoder layers are left in host memory, for `streaming.start` to bring to the
+    device. progress(done, total) is called after each weight. Raises QmicaError for files that do not make up the
+    model.
     """
     chosen = choose_device(device)
+    require_stream(stream, chosen)
     compute = choose_dtype(dtype, chosen)
     config = read_config(source)
     config.quantization_config = None  # what bitsandbytes quantized is loaded by this walk, not by transformers
@@ -111,16 +120,24 @@ def load(
     model = on_meta(config, compute)
     weights = open_weights(source)
     _check_names(model, weights, source)
-    _fill(model, weights, bits, compute, chosen, progress)
+    mark, generation = fingerprint(weights), _generation_config(source, config)
+    held, kept = _held(model, bits), None
+    if quantized.needed(weights, held):
+        kept = quantized.find(source, weights, held, mark, generation.to_diff_dict(), chosen, progress)
+    stored, digests = kept or (weights, {})
+    told = progress if kept is None else lambda done, total: None
+    _fill(model, stored, bits, compute, chosen, told, on_host=stream != "none")
+    for path, digest in digests.items():
+        model.get_submodule(path).known_digest = digest
     model.tie_weights()
     for module in model.modules():
         if quant.is_linear(module):
             quant.freeze(module)  # a tied head has no tensor of its own
-    model.generation_config = _generation_config(source, config)
+    model.generation_config = generation
     model.name_or_path = source.id
     model.qmica_source = source  # where the weights are before they were quantized
-    stored = quant.stored_bits(model)
-    model.qmica_base = Base(source.id, source.revision, stored, fingerprint(weights), shapes_fingerprint(weights))
+    model.qmica_maps = stored.maps if chosen.type == "cpu" else ()  # the files whose pages are the model's
+    model.qmica_base = Base(source.id, source.revision, quant.stored_bits(model), mark, shapes_fingerprint(weights))
     return model.requires_grad_(False).eval()
 
 
@@ -143,6 +160,19 @@ def _expected(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - tied
 
 
+def _held(model: nn.Module, bits: int) -> dict[str, int]:
+    """What every tensor is held in: `bits`, 16, or 0 for what is kept in the compute dtype, norms and biases."""
+    held = {}
+    for name in sorted(_expected(model)):
+        path, _, kind = name.rpartition(".")
+        module = model.get_submodule(path)
+        if kind == "weight" and quant.is_linear(module):
+            held[name] = 16 if targets.stays_16bit(name) else bits
+        else:
+            held[name] = 16 if isinstance(module, nn.Embedding) else 0
+    return held
+
+
 def _check_names(model: nn.Module, weights: Weights, source: Source) -> None:
     """Every expected tensor is there with the shape that the config implies. Raises QmicaError naming up to three
     that are not.
@@ -161,7 +191,15 @@ def _check_names(model: nn.Module, weights: Weights, source: Source) -> None:
         raise QmicaError(f"{source.name} is not a whole model: {'; '.join(problems + wrong[:3])}")
 
 
-def _fill(model: nn.Module, weights: Weights, bits: int, compute: torch.dtype, device: torch.device, progress) -> None:
+def _fill(
+    model: nn.Module,
+    weights: Weights,
+    bits: int,
+    compute: torch.dtype,
+    device: torch.device,
+    progress,
+    on_host: bool = False,
+) -> None:
     """Read each tensor once, put it where it belongs, forget it."""
     expected = sorted(_expected(model))
     read = 0
@@ -170,28 +208,23 @@ def _fill(model: nn.Module, weights: Weights, bits: int, compute: torch.dtype, d
         module = model.get_submodule(path)
         if quant.is_linear(module):
             if kind == "weight":  # the bias comes with it
-                model.set_submodule(path, _linear(module, weights, name, bits, compute, device))
+                linear = _linear(module, weights, name, bits, compute, device)
+                if on_host and not targets.stays_16bit(name):
+                    quant.keep_on_host(linear)
+                model.set_submodule(path, linear)
         elif isinstance(module, nn.Embedding):
-            _fill_embedding(module, weights[name].load(), compute, device)
+            _fill_embedding(module, weights[name].frozen(), compute, device)
         else:
             value = weights[name].load().to(device=device, dtype=compute)
             module.register_parameter(kind, nn.Parameter(value, requires_grad=False))
         read += weights[name].nbytes
         if read > GIVE_BACK_EVERY or done == len(expected):
-            _give_back()
+            allocator.give_back()
             read = 0
         progress(done, len(expected))
     for buffer_owner in model.modules():
         for name, buffer in buffer_owner.named_buffers(recurse=False):
             buffer_owner._buffers[name] = buffer.to(device)
-
-
-def _give_back() -> None:
-    """Return to the kernel what glibc keeps of freed tensors: up to 32 MB each they come from its heap, where the small
-    packed weights between them keep it from shrinking. Without this a 1.0 GB model in NF4 held 0.58 GB, with it 0.28.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _linear(
@@ -201,9 +234,9 @@ def _linear(
     path = name.removesuffix(".weight")
     bias = None if module.bias is None else weights[f"{path}.bias"].load().to(compute)
     if name in weights.packed:
-        parts = {part: weights[f"{path}.{part}"].load() for part in weights.packed[name]}
+        parts = {part: weights[f"{path}.{part}"].frozen() for part in weights.packed[name]}
         return quant.from_packed(tuple(module.weight.shape), parts, bias, device)
-    return quant.quantize(weights[name].load(), bias, 16 if targets.stays_16bit(name) else bits, device)
+    return quant.quantize(weights[name].frozen(), bias, 16 if targets.stays_16bit(name) else bits, device)
 
 
 def _fill_embedding(module: nn.Embedding, weight: torch.Tensor, compute: torch.dtype, device: torch.device) -> None:

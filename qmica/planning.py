@@ -22,9 +22,24 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from qmica import adapter, architectures, data, durable, ggml, memory, model, pace, packing, progress, source, tokenizer
+from qmica import (
+    adapter,
+    allocator,
+    architectures,
+    budget,
+    data,
+    durable,
+    ggml,
+    memory,
+    model,
+    pace,
+    packing,
+    progress,
+    source,
+    tokenizer,
+)
 from qmica import weights as files
-from qmica.config import AdapterConfig, DataConfig, Job, MemoryConfig, ModelConfig, TrainingConfig
+from qmica.config import AdapterConfig, DataConfig, Job, ModelConfig, TrainingConfig
 from qmica.durable import size_text
 
 EXPORTS = ("Q4_K_M", "Q8_0", "F16")
@@ -36,7 +51,6 @@ def plan(
     adapter_config: AdapterConfig = AdapterConfig(),
     data_config: DataConfig = DataConfig(),
     training_config: TrainingConfig = TrainingConfig(),
-    memory_config: MemoryConfig = MemoryConfig(),
     as_json: bool = False,
 ) -> dict:
     """What `train` with the same options will take, printed and returned: the numbers of `qmica plan --json`.
@@ -46,23 +60,22 @@ def plan(
     job = Job(model_config, adapter_config, data_config, training_config)
     if job.model.threads:
         torch.set_num_threads(job.model.threads)
-    memory.keep_freed_memory()  # as in training, whose speed is estimated
+    allocator.keep_freed()  # as in training, whose speed is estimated
     device = model.choose_device(job.model.device)
     compute = model.choose_dtype(job.model.dtype, device)
     headers, empty = _opened(job.model, compute)
     adapter.choose(empty, job.adapter)
     known = _known_data(job, headers)
-    packed = files.packed_bytes(headers)
-    case = memory.Case(
-        empty, job.model.bits, job.adapter, job.training, known.rows, compute, device.type, packed=packed
-    )
+    case = memory.Case.of(job, headers, empty, known.rows, compute, device)
+    nbytes = budget.allowed(job.training.memory_bytes, device)
+    choice = budget.choose(case, nbytes, job.training.grad_checkpoint)
     found = {
         "model": {"id": headers.source.id, "parameters": empty.num_parameters(), "on_disk": not headers.download},
-        "memory": _memory(case, memory_config, device),
+        "memory": _memory(case, choice, nbytes, job.training),
         "disk": _disk(case, headers),
-        "time": _time(case, known, job),
+        "time": _time(choice, known, job),
     }
-    print(json.dumps(found, indent=2)) if as_json else _show(found, case, known)
+    print(json.dumps(found, indent=2)) if as_json else _show(found, choice, known)
     return found
 
 
@@ -124,21 +137,25 @@ def _batches(job: Job, in_epoch: int | None) -> int | None:
 # ---- memory
 
 
-def _memory(case: memory.Case, options: MemoryConfig, device: torch.device) -> dict:
-    """Bytes by part, the budget, and the longest row that fits into it."""
-    planned = memory.plan(case)
-    held = memory.measure(device) if device.type == "cpu" else 0  # a part of the plan that this process holds already
-    budget = options.nbytes or memory.available(device) + held
+def _memory(case: memory.Case, choice: budget.Choice, nbytes: int, options: TrainingConfig) -> dict:
+    """Bytes by part, the budget, what it was met with, and the longest row that could be."""
     limit = getattr(case.config, "max_position_embeddings", None) or case.rows.length
+
+    def fits(length: int) -> bool:
+        least = budget.least(case.over(length), options.grad_checkpoint)
+        return memory.plan(least).total <= nbytes
+
     return {
-        "parts": {name: round(size) for name, size in planned.parts.items()},
-        "total": round(planned.total),
-        "budget": budget,
-        "budget_is": "--memory" if options.nbytes else f"free on {device.type}",
-        "fits": planned.total <= budget,
+        "parts": {name: round(size) for name, size in choice.plan.parts.items()},
+        "total": round(choice.plan.total),
+        "mapped": round(memory.mapped_bytes(case)),
+        "budget": nbytes,
+        "budget_is": "--memory" if options.memory else f"most of what is free on {case.device}",
+        "fits": choice.fits,
+        "met_by": str(choice),
         "rows": case.rows.count,
         "length": case.rows.length,
-        "longest": memory.longest(case, budget, limit),
+        "longest": memory.longest(fits, limit),
         "context": limit,
     }
 
@@ -171,11 +188,13 @@ def _export_bytes(quant: str, shapes: dict[str, tuple[int, ...]], config) -> int
 # ---- time
 
 
-def _time(case: memory.Case, known: Known, job: Job) -> dict:
+def _time(choice: budget.Choice, known: Known, job: Job) -> dict:
     """Seconds by kind of work, a step and the run; and the rates they follow from."""
+    case, parts = choice.case, choice.parts
     rates = pace.calibrate(case)
-    share = known.tokens / case.rows.tokens  # the average batch against the longest
-    batch = pace.seconds(pace.Step(case, round(known.supervised / share)), rates)
+    share = known.tokens / known.rows.tokens  # the average batch against the longest
+    part = pace.seconds(pace.Step(case, round(known.supervised / share / parts)), rates)
+    batch = {kind: parts * taken for kind, taken in part.items()}
     total = share * sum(batch.values())
     window = min(job.training.grad_accum, known.batches or job.training.grad_accum)
     return {
@@ -191,13 +210,13 @@ def _time(case: memory.Case, known: Known, job: Job) -> dict:
 # ---- what is printed
 
 
-def _show(found: dict, case: memory.Case, known: Known) -> None:
+def _show(found: dict, choice: budget.Choice, known: Known) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
     tell: Callable[[str], None] = lambda text: console.print(text, soft_wrap=True, highlight=False)  # noqa: E731
     held, disk, times = found["memory"], found["disk"], found["time"]
-    tell(f"{found['model']['id']}: {found['model']['parameters']:,} weights, {_how(case)}")
+    tell(f"{found['model']['id']}: {found['model']['parameters']:,} weights, {_how(choice.case)}")
     tell(f"rows: {held['rows']} x {held['length']} tokens{f' ({known.why_not})' if known.why_not else ''}")
     rows = [(name, size) for name, size in held["parts"].items() if size]
     console.print(_table("memory", [*rows, ("total", held["total"])]))
@@ -210,14 +229,15 @@ def _show(found: dict, case: memory.Case, known: Known) -> None:
 
 
 def _how(case: memory.Case) -> str:
-    layers = ", every layer computed again in the backward" if case.training.grad_checkpoint else ""
-    dtype = str(case.compute).removeprefix("torch.")
-    return f"held in {case.bits} bits, computing in {dtype} on {case.device}{layers}"
+    return f"held in {case.bits} bits, computing in {str(case.compute).removeprefix('torch.')} on {case.device}"
 
 
 def _verdict(held: dict) -> str:
     """Whether it fits, and how long rows may be."""
     said = f"{'fits' if held['fits'] else 'does not fit'} into {size_text(held['budget'])} ({held['budget_is']})"
+    said = f"{held['met_by']}: {said}"
+    if held["mapped"]:
+        said = f"{size_text(held['mapped'])} of weights are mapped from the disk and not counted; {said}"
     if not held["longest"]:
         return (
             f"{said}: not even with the shortest rows; a smaller --model, fewer --bits or a smaller --rank takes less"

@@ -18,15 +18,31 @@ Formats: NF4 is blocks of 64 weights with double-quantized scales (QLoRA, arXiv 
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns about a download that nobody asked for
 
-import bitsandbytes as bnb  # noqa: E402
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """`torch.compile` gives back what it gets. bitsandbytes calls it when it is imported, on four functions that are
+    for devices without kernels of its own; that imports torch's compiler: 3.7 s and 110 MB for nothing.
+    """
+    compiler, torch.compile = torch.compile, lambda function=None, **_: function or (lambda given: given)
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+with _uncompiled():
+    import bitsandbytes as bnb
 
 from qmica import checkpointing, store  # noqa: E402
 from qmica.errors import QmicaError  # noqa: E402
@@ -49,8 +65,15 @@ class FrozenLinear:
     """What a frozen linear adds to its storage class. x: (..., in) -> (..., out); x's dtype is the compute dtype.
 
     A format defines `rows(start, stop, dtype) -> (stop - start, in)`, the weight as it computes, `dequantize(dtype)` of
-    all rows, and `stored()`, the tensors that hold it.
+    all rows, `stored()`, the tensors that hold it, and its inverse `point(tensors)`.
     """
+
+    computes_on: torch.device | None = None  # where its tensors are brought for each use, if they live elsewhere
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and what belongs to it (bias, adapter) is; between uses its weight may be elsewhere."""
+        return self.computes_on or self.weight.device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return FrozenMatmul.apply(x, self)
@@ -125,6 +148,12 @@ class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
         nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
         return [self.weight.data, state.absmax, state.code, *nested]
 
+    def point(self, tensors: Sequence[torch.Tensor]) -> None:
+        state = self.weight.quant_state  # the same object as self.quant_state
+        self.weight.data, state.absmax, state.code = tensors[:3]
+        if state.nested:
+            state.state2.absmax, state.state2.code, state.offset = tensors[3:]
+
 
 def _scales(state, first: int, last: int) -> torch.Tensor:
     """The fp32 scales of blocks first to last; of nested ones, first is where a block of scales begins."""
@@ -150,6 +179,10 @@ class Int8Linear(FrozenLinear, bnb.nn.Linear8bitLt):
     def stored(self) -> list[torch.Tensor]:
         return [self.weight.data, self.weight.SCB]
 
+    def point(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.weight.data, self.weight.SCB = tensors
+        self.weight.CB = self.weight.data  # a second name of it, which would keep what it pointed at before
+
 
 class HalfLinear(FrozenLinear, nn.Linear):
     """An `nn.Linear` in 16 bits (or fp32, where a caller brings such a model), cast to the compute dtype for each
@@ -164,6 +197,9 @@ class HalfLinear(FrozenLinear, nn.Linear):
 
     def stored(self) -> list[torch.Tensor]:
         return [self.weight.data]
+
+    def point(self, tensors: Sequence[torch.Tensor]) -> None:
+        (self.weight.data,) = tensors
 
 
 class HalfEmbedding(nn.Embedding):
@@ -215,6 +251,12 @@ def _ready_8bit(module: nn.Module) -> None:
 _READY = {bnb.nn.Linear4bit: _ready_4bit, bnb.nn.Linear8bitLt: _ready_8bit}
 
 
+def keep_on_host(linear: FrozenLinear) -> None:
+    """Its weight goes to host memory; bias and adapter belong to the device where it computes."""
+    linear.computes_on = linear.device
+    linear.point([part.cpu() for part in linear.stored()])
+
+
 def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight of a linear as it computes, (out, in)."""
     return freeze(module).dequantize(dtype)
@@ -239,11 +281,14 @@ class Stored:
         return self.linear.rows(start, stop)
 
     def digest(self) -> str:
-        return store.digest(self.linear.stored())
+        """Where the loader knows it from the cache, nothing is read: of 7B that is 4 GB."""
+        return getattr(self.linear, "known_digest", None) or store.digest(self.linear.stored())
 
-    def held(self) -> "Stored":
-        """Itself: dequantizing rows is a tenth of what is done with them."""
-        return self
+    def held(self) -> "Stored | torch.Tensor":
+        """Itself: dequantizing rows is a tenth of what is done with them. A weight that lives on the host is
+        dequantized there once.
+        """
+        return self if self.linear.weight.device == self.linear.device else self.linear.dequantize()
 
 
 def _empty(kind: type, weight: torch.Tensor, **options) -> nn.Module:
@@ -303,6 +348,45 @@ def _make_half(weight: torch.Tensor, device: torch.device) -> nn.Module:
     return linear
 
 
+def _nf4_parts(linear: nn.Module) -> dict[str, torch.Tensor]:
+    stats = linear.weight.quant_state.as_dict(packed=True)
+    state = stats[_NF4_STATE]
+    # what JSON does not mind: the scales' mean, whose digits differ, would make the length another for each weight
+    stats[_NF4_STATE] = functional.pad(state, (0, _STATE_BYTES - len(state)), value=ord(" "))
+    return {"weight": linear.weight.data, **{f"weight.{name}": part for name, part in stats.items()}}
+
+
+def _nf4_layout(out: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    blocks = -(-out * columns // 64)
+    return {
+        "weight": ((-(-out * columns // 2), 1), torch.uint8),
+        "weight.absmax": ((blocks,), torch.uint8),
+        "weight.quant_map": ((16,), torch.float32),
+        "weight.nested_absmax": ((-(-blocks // 256),), torch.float32),
+        "weight.nested_quant_map": ((256,), torch.float32),
+        f"weight.{_NF4_STATE}": ((_STATE_BYTES,), torch.uint8),
+    }
+
+
+_NF4_STATE, _STATE_BYTES = "quant_state.bitsandbytes__nf4", 256  # JSON of 170 bytes and the digits of the shape
+
+
+def _int8_parts(linear: nn.Module) -> dict[str, torch.Tensor]:
+    return {"weight": linear.weight.data, "SCB": linear.weight.SCB}
+
+
+def _int8_layout(out: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {"weight": ((out, columns), torch.int8), "SCB": ((out,), torch.float32)}
+
+
+def _half_parts(linear: nn.Module) -> dict[str, torch.Tensor]:
+    return {"weight": linear.weight.data}
+
+
+def _half_layout(out: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {"weight": ((out, columns), torch.bfloat16)}
+
+
 def _nf4_bytes(count: int) -> int:
     blocks = -(-count // 64)
     return -(-count // 2) + blocks + 4 * -(-blocks // 256)  # codes, 8-bit scales, and their fp32 scales
@@ -310,17 +394,21 @@ def _nf4_bytes(count: int) -> int:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store a frozen linear."""
+    """A way to store a frozen linear. parts: the tensors of a linear as bitsandbytes saves it, by their names after
+    the module's path, `weight` first; layout: their shapes and dtypes, known before anything is quantized.
+    """
 
     name: str
     make: Callable[[torch.Tensor, torch.device], nn.Module]
     count_bytes: Callable[[int, int], int]  # (out, in) -> bytes
+    parts: Callable[[nn.Module], dict[str, torch.Tensor]]
+    layout: Callable[[int, int], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # (out, in) -> name: (shape, dtype)
 
 
 FORMATS: Mapping[int, Format] = {
-    4: Format("NF4", _make_nf4, lambda out, columns: _nf4_bytes(out * columns)),
-    8: Format("int8", _make_int8, lambda out, columns: out * columns + 4 * out),
-    16: Format("bf16", _make_half, lambda out, columns: 2 * out * columns),
+    4: Format("NF4", _make_nf4, lambda out, columns: _nf4_bytes(out * columns), _nf4_parts, _nf4_layout),
+    8: Format("int8", _make_int8, lambda out, columns: out * columns + 4 * out, _int8_parts, _int8_layout),
+    16: Format("bf16", _make_half, lambda out, columns: 2 * out * columns, _half_parts, _half_layout),
 }
 
 

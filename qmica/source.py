@@ -90,11 +90,12 @@ class Source:
 class Headers:
     """What is known of a model without its weights.
 
-    source: its `files` may be missing. tensors: name -> bytes, as stored. download: bytes that `resolve` would fetch.
+    source: its `files` may be missing. tensors: name -> (type, bytes), as stored; types as safetensors or ggml call
+    them. download: bytes that `resolve` would fetch.
     """
 
     source: Source
-    tensors: dict[str, int]
+    tensors: dict[str, tuple[str, int]]
     download: int = 0
 
 
@@ -437,16 +438,19 @@ class _Hub:
         hf_raise_for_status(response)
         return response.content
 
-    def tensors(self, files: list[str]) -> dict[str, int]:
-        """Every tensor in safetensors files and its bytes, read by range requests for their headers."""
+    def tensors(self, files: list[str]) -> dict[str, tuple[str, int]]:
+        """Every tensor in safetensors files, its type and its bytes, read by range requests for their headers."""
         from huggingface_hub import HfApi
 
-        def of_file(file: str) -> dict[str, int]:
+        def of_file(file: str) -> dict[str, tuple[str, int]]:
             header = HfApi().parse_safetensors_file_metadata(self.repo, file, revision=self.revision, timeout=30)
-            return {name: tensor.data_offsets[1] - tensor.data_offsets[0] for name, tensor in header.tensors.items()}
+            return {
+                name: (tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
+                for name, tensor in header.tensors.items()
+            }
 
         with ThreadPoolExecutor(8) as pool:
-            return {name: size for found in pool.map(of_file, files) for name, size in found.items()}
+            return {name: stored for found in pool.map(of_file, files) for name, stored in found.items()}
 
     def listing(self) -> dict[str, int]:
         """Every file of the repository at this revision, and its bytes."""

@@ -30,10 +30,13 @@ from torch import nn
 
 from qmica import (
     adapter,
+    allocator,
     bases,
+    budget,
     checkpointing,
     data,
     durable,
+    kernels,
     loss,
     memory,
     model,
@@ -43,7 +46,9 @@ from qmica import (
     runs,
     samples,
     source,
+    streaming,
     tokenizer,
+    weights,
 )
 from qmica.config import AdapterConfig, DataConfig, Job, ModelConfig, TrainingConfig
 from qmica.durable import size_text
@@ -76,20 +81,20 @@ def train(
         durable.require_empty(job.training.out)
     if job.model.threads:
         torch.set_num_threads(job.model.threads)
-    memory.keep_freed_memory()
-    accelerator = _accelerator(job)
+    allocator.keep_freed()
+    accelerator = make_accelerator(job)
     say = accelerator.print
+    model.require_stream(job.model.stream, accelerator.device)
     found = source.resolve(job.model.model, job.model.revision, say)
     compute = model.choose_dtype(job.model.dtype, accelerator.device)
     empty = model.on_meta(model.read_config(found), compute)
     adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
-    plan = memory.plan(_case(job, empty, prepared, accelerator.device, compute))
-    memory.require_fit(plan, accelerator.device, say)
-    network = _load(job, found, accelerator.device, say, run if resume else None)
+    choice = choose(job, found, empty, prepared, accelerator.device, compute, say)
+    network = load_network(job, found, choice.modes, accelerator.device, say, run if resume else None)
     run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
-    loop = Loop(job, run, network, prepared, accelerator)
+    loop = Loop(job, run, network, prepared, accelerator, choice.parts)
     record = _record(job, network, prepared, loop.optimizer_name)
     if resume is not None:
         checkpoint = run.last_checkpoint()
@@ -97,17 +102,17 @@ def train(
         loop.restore(checkpoint)
         say(f"going on after step {loop.step}, from {checkpoint.folder}")
     expected = _tell(job, network, loop, empty.num_parameters(), say)
-    prompt = job.training.probe or _first_words(prepared, tokens)
-    before = _answer(network, tokens, prompt, tuned=False)
     if resume is None and accelerator.is_main_process:
         run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose
     _start_tracker(accelerator, job, run)
     began = time.perf_counter()
     loop.run()
-    _compare(plan, loop.peak, expected, time.perf_counter() - began, say)
+    _compare(choice.plan, loop.peak, expected, time.perf_counter() - began, say)
     if accelerator.is_main_process:
         adapter.save_adapter(network, run.adapter)
         tokens.save_pretrained(run.adapter)
+    prompt = job.training.probe or _first_words(prepared, tokens)
+    before = _answer(network, tokens, prompt, tuned=False)  # as it was: without the adapter nothing has changed
     _conclude(run, loop, prompt, before, _answer(network, tokens, prompt), say)
     return run
 
@@ -142,7 +147,15 @@ class Stream:
 class Loop:
     """The updates of one run: where it stands, how it takes a step, how it saves itself and goes on."""
 
-    def __init__(self, job: Job, run: runs.Run, network: nn.Module, prepared: data.Prepared, accelerator: Accelerator):
+    def __init__(
+        self,
+        job: Job,
+        run: runs.Run,
+        network: nn.Module,
+        prepared: data.Prepared,
+        accelerator: Accelerator,
+        parts: int = 1,
+    ):
         self.job, self.run_folder, self.network, self.prepared, self.accelerator = (
             job,
             run,
@@ -161,7 +174,7 @@ class Loop:
         self.window = window
         self.total = math.ceil(self.batches / window)
         self.step, self.tokens, self.peak = 0, 0, 0
-        self.parts = 1  # in how many parts a batch is computed: more once memory has run out
+        self.parts = parts  # in how many a batch is computed: more once memory has run out
         self.stop_asked = False
 
     # -- one step
@@ -305,6 +318,15 @@ class Loop:
                 f"{self.accelerator.device}: a smaller --max-seq-length, --rank or --bits takes less"
             )
 
+    def opens_with_the_longest(self) -> bool:
+        """Whether the next step is as good as a rehearsal: on a CPU, where one takes seconds, if one of its batches is
+        about as long.
+        """
+        longest = packing.longest(self.stream.first_epoch)
+        enough = 0.95 * longest.input_ids.numel()
+        alike = (batch for batch in self._own(self.step)[0] if bool(batch.replays) >= bool(longest.replays))
+        return self.accelerator.device.type == "cpu" and any(batch.input_ids.numel() >= enough for batch in alike)
+
     # -- saving and going on
 
     def save(self) -> None:
@@ -314,7 +336,13 @@ class Loop:
             self.run_folder.save_checkpoint(
                 self.step,
                 {"adapter": adapter.tensors(self.network), "optimizer": tensors},
-                {"step": self.step, "tokens": self.tokens, "optimizer": self.optimizer_name, "state": state},
+                {
+                    "step": self.step,
+                    "tokens": self.tokens,
+                    "parts": self.parts,  # sums of other parts differ in their last bits
+                    "optimizer": self.optimizer_name,
+                    "state": state,
+                },
             )
 
     def restore(self, checkpoint: runs.Checkpoint) -> None:
@@ -326,7 +354,7 @@ class Loop:
                 f"resume it where {state['optimizer']} works, or begin a new run with `qmica train -c "
                 f"{self.run_folder.folder / 'config.json'} --out NEW`"
             )
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens, self.parts = state["step"], state["tokens"], state.get("parts", 1)
         filled = self.optimizer.state_dict()
         filled["state"] = _unflatten(checkpoint.tensors("optimizer"), state["state"])
         self.optimizer.load_state_dict(filled)
@@ -399,7 +427,7 @@ SCHEDULES = {
 }
 
 
-def _accelerator(job: Job) -> Accelerator:
+def make_accelerator(job: Job) -> Accelerator:
     """The processes, the device, and a gradient scaler where fp16 needs one."""
     device = model.choose_device(job.model.device)
     scaled = model.choose_dtype(job.model.dtype, device) == torch.float16
@@ -503,16 +531,34 @@ def _read_data(job: Job, tokens, say: Callable[[str], None]) -> data.Prepared:
     return prepared
 
 
-def _case(job: Job, empty: nn.Module, prepared: data.Prepared, device: torch.device, compute) -> memory.Case:
-    """What the run's memory follows from: its longest batch is known by now."""
+def choose(
+    job: Job,
+    found: source.Source,
+    empty: nn.Module,
+    prepared: data.Prepared,
+    device: torch.device,
+    compute: torch.dtype,
+    say: Callable,
+) -> budget.Choice:
+    """How the longest batch is computed within --memory; that and what it takes are said. empty: the model on the meta
+    device.
+    """
     rows = memory.Rows.of(packing.longest(Stream(prepared, job.data, job.training).first_epoch))
-    return memory.Case(empty, job.model.bits, job.adapter, job.training, rows, compute, device.type)
+    case = memory.Case.of(job, weights.headers(found), empty, rows, compute, device)
+    nbytes = budget.allowed(job.training.memory_bytes, device)
+    choice = budget.choose(case, nbytes, job.training.grad_checkpoint)
+    memory.require_fit(choice.plan, nbytes, device, say)
+    say(budget.described(choice, nbytes, job.training.memory is not None))
+    return choice
 
 
-def _load(job: Job, found: source.Source, device: torch.device, say: Callable, run: runs.Run | None) -> nn.Module:
-    """The base with a fresh adapter, or (run) with the adapter of its last checkpoint."""
+def load_network(
+    job: Job, found: source.Source, modes: Sequence[str], device: torch.device, say: Callable, run: runs.Run | None
+) -> nn.Module:
+    """The base with a fresh adapter, or (run) with the adapter of its last checkpoint; its layers in these modes."""
     began = time.perf_counter()
-    network = model.load(found, job.model.bits, job.model.dtype, str(device))
+    stream = job.model.stream
+    network = model.load(found, job.model.bits, job.model.dtype, str(device), stream=stream)
     say(f"loaded {found.id} in {job.model.bits} bits: {progress.duration(time.perf_counter() - began)}")
     began = time.perf_counter()
     if run is not None:
@@ -521,9 +567,8 @@ def _load(job: Job, found: source.Source, device: torch.device, say: Callable, r
         adapter.attach(network, job.adapter, job.training.seed, _patient(say, "subspaces"))
         seconds = progress.duration(time.perf_counter() - began)
         say(f"{job.adapter.method} attached: {seconds}{_where_from(network.qmica_subspaces)}")
-    layers = len(checkpointing.decoder_layers(network))
-    checkpointing.set_modes(network, ["checkpoint" if job.training.grad_checkpoint else "plain"] * layers)
-    return network
+    checkpointing.set_modes(network, modes)
+    return streaming.start(network, stream, say)
 
 
 def _patient(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
@@ -579,28 +624,34 @@ def _record(job: Job, network: nn.Module, prepared: data.Prepared, optimizer: st
     }
 
 
-def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable[[str], None]) -> float:
-    """What will be trained beside how many frozen weights, how, and how long it will take: seconds, returned too."""
+def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable) -> float | None:
+    """What will be trained beside how many frozen weights, how, and how long it will take: seconds, returned too,
+    where they were measured.
+    """
     count = sum(part.numel() for part in loop.trained.values())
     layers = sum(1 for _ in adapter.layers(network))
     say(
         f"{count:,} coefficients in {layers} linears (rank {job.adapter.rank}, alpha {job.adapter.scaling_alpha:g}), "
         f"beside {frozen:,} frozen weights"
     )
-    seconds = loop.rehearse()
-    epoch = loop.stream.first_epoch
-    expected = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
     window = "1 batch" if loop.window == 1 else f"{loop.window} batches"
     steps = f"{loop.total} steps of {window}, optimizer {loop.optimizer_name}"
+    if loop.opens_with_the_longest() and not job.training.compile:
+        say(f"{steps}: the first one will tell how long")
+        return None
+    seconds = kernels.settle(network, job.training.compile, loop.rehearse, say)
+    epoch = loop.stream.first_epoch
+    expected = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
     say(f"{steps}: about {progress.duration(expected)}")
     return expected
 
 
-def _compare(plan: memory.Plan, peak: int, expected: float, took: float, say: Callable[[str], None]) -> None:
-    """What was planned against what it came to, each a ratio."""
+def _compare(plan: memory.Plan, peak: int, expected: float | None, took: float, say: Callable[[str], None]) -> None:
+    """What was planned against what it came to, each a ratio. expected: seconds, where they were estimated."""
     say(f"memory: planned {size_text(plan.total)}, measured {size_text(peak)} ({plan.total / max(peak, 1):.2f})")
-    planned, taken = progress.duration(expected), progress.duration(took)
-    say(f"time: planned {planned}, took {taken} ({expected / took:.2f})")
+    if expected is not None:
+        planned, taken = progress.duration(expected), progress.duration(took)
+        say(f"time: planned {planned}, took {taken} ({expected / took:.2f})")
 
 
 def _first_words(prepared: data.Prepared, tokens) -> str:

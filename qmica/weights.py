@@ -5,8 +5,8 @@ map. A safetensors folder, a hub snapshot and a GGUF (dequantized, its rows in H
 thing here, and a merge is a `Weights` laid over another (`overlay`), so that no merged copy is ever needed on disk.
 
 What it gives up: rows are always copied out of the map (at most one tensor, by default 256 MB at a time), so that a
-caller may change what it gets in place. Weights quantized by bitsandbytes stay packed: `Weights.packed` says which,
-and with which companions; unpacking them is `quant`'s.
+caller may change what it gets in place; who only reads takes `frozen`, a view of the map. Weights quantized by
+bitsandbytes stay packed: `Weights.packed` says which, and with which companions; unpacking them is `quant`'s.
 
 The format of safetensors (github.com/huggingface/safetensors, README): 8 bytes of little-endian header length, a JSON
 header {name: {dtype, shape, data_offsets}}, the data.
@@ -15,7 +15,7 @@ header {name: {dtype, shape, data_offsets}}, the data.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from qmica import architectures, ggml, store
 from qmica.durable import replacing, require_space, write_json
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor
+from qmica.mapping import Map
 from qmica.source import INDEX, SINGLE, Headers, Source
 
 BLOCK_BYTES = 256_000_000  # of fp32 rows: what a walk holds of one tensor
@@ -70,13 +71,15 @@ class LazyTensor:
 
     shape: the Hugging Face shape; dtype: of what `rows` returns. `read(start, stop)` gives rows start:stop of the first
     dimension (elements, of a 1-D tensor; the scalar, of a 0-D one), fresh memory each time. quantized: the tensor as
-    a GGUF stores it (`.type`, `.raw(start, stop)` uint8 rows in the file's own order), None for other sources.
+    a GGUF stores it (`.type`, `.raw(start, stop)` uint8 rows in the file's own order), None for other sources. view:
+    gives the whole tensor as a view of its file's map, or None where it cannot be one.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[int, int], torch.Tensor]
     quantized: GGUFTensor | None = None
+    view: Callable[[], torch.Tensor | None] = lambda: None
 
     @property
     def nbytes(self) -> int:
@@ -84,9 +87,11 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of the whole tensor in its file."""
-        return self.nbytes if self.quantized is None else self.quantized.nbytes
+    def stored(self) -> tuple[str, int]:
+        """The type and the bytes of the whole tensor in its file."""
+        if self.quantized is not None:
+            return self.quantized.type.name, self.quantized.nbytes
+        return _DTYPE_NAMES[self.dtype], self.nbytes
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows start:stop, (stop - start, *shape[1:]) in `dtype`, the caller's own to change.
@@ -107,6 +112,13 @@ class LazyTensor:
         for start, stop in self.blocks():
             out[start:stop] = self.rows(start, stop)
         return out
+
+    def frozen(self) -> torch.Tensor:
+        """The whole tensor for a reader who changes nothing: a view of the file's map, which takes no memory of its
+        own, where the file has it in `dtype`; else a copy.
+        """
+        view = self.view()
+        return self.load() if view is None else view
 
     def blocks(self, nbytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
         """(start, stop) of consecutive row blocks, each at most `nbytes` in fp32 (one row, where that is larger)."""
@@ -146,7 +158,7 @@ class Weights(Mapping[str, LazyTensor]):
     config: the content of config.json (a GGUF's is built from its metadata). gguf: the opened file of a GGUF source,
     else None. packed: for each weight quantized by bitsandbytes the names of its parts after the module's path:
     `weight`, the packed bytes, first, then `weight.absmax`, ... and `weight.quant_state.bitsandbytes__nf4`, or `SCB`;
-    every part is in the mapping.
+    every part is in the mapping. maps: of the files that `frozen` gives views of.
     """
 
     def __init__(
@@ -155,11 +167,13 @@ class Weights(Mapping[str, LazyTensor]):
         config: Mapping | None = None,
         packed: Mapping[str, tuple[str, ...]] | None = None,
         gguf: GGUFFile | None = None,
+        maps: Sequence[Map] = (),
     ):
         self._tensors = dict(tensors)
         self.config = dict(config or {})
         self.packed = MappingProxyType(dict(packed or {}))
         self.gguf = gguf
+        self.maps = tuple(maps)
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self._tensors[name]
@@ -191,8 +205,13 @@ def _beside(name: str, part: str) -> str:
 
 
 def _companions(packed: Mapping[str, tuple[str, ...]]) -> set[str]:
-    extra = ("weight_format",)  # int8: always row-major since bitsandbytes 0.44, and never read
-    return {_beside(name, part) for name, parts in packed.items() for part in (*parts, *extra) if part != "weight"}
+    return {one for name, parts in packed.items() for one in _together(name, parts) if one != name}
+
+
+def _together(name: str, parts: tuple[str, ...]) -> list[str]:
+    """The tensors that a weight is stored as: itself, if it is not packed; first, if it is."""
+    extra = ("weight_format",) if parts == _INT8_PARTS else ()  # always row-major since bitsandbytes 0.44, never read
+    return [_beside(name, part) for part in (*parts, *extra)] or [name]
 
 
 def open_weights(source: Source) -> Weights:
@@ -205,20 +224,25 @@ def open_weights(source: Source) -> Weights:
 
 def _open_safetensors(source: Source) -> Weights:
     tensors: dict[str, LazyTensor] = {}
+    maps = []
     for file in source.files:
-        found = _read_header(file)
+        found, mapped = _read_header(file)
+        maps += [mapped] if mapped else []
         if both := tensors.keys() & found.keys():
             raise QmicaError(f"{file} holds {min(both)} again: its folder mixes two models; copy or download it again")
         tensors.update(found)
-    return Weights(tensors, source.config, find_packed(tensors, source))
+    return Weights(tensors, source.config, find_packed(tensors, source), maps=maps)
 
 
-def _read_header(file: Path) -> dict[str, LazyTensor]:
-    """Name -> lazy tensor of one file; the safetensors library checks the header, its size and the offsets."""
+def _read_header(file: Path) -> tuple[dict[str, LazyTensor], Map | None]:
+    """Name -> lazy tensor of one file, and its map; the safetensors library checks the header, its size and the
+    offsets.
+    """
     try:
         handle = safe_open(file, framework="pt")
-        names = list(handle.keys())
-        return {name: _mapped(file, handle, name) for name in names}
+        offsets = _offsets(file)
+        mapped = _map(file)
+        return {name: _lazy(file, handle, name, mapped, offsets[name]) for name in offsets}, mapped
     except (SafetensorError, OSError, ValueError) as error:
         said = f"{file} is not a sound safetensors file ({_one_line(error)}): copy or download it again"
         raise QmicaError(said) from error
@@ -228,7 +252,23 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _mapped(file: Path, handle, name: str) -> LazyTensor:
+def _offsets(file: Path) -> dict[str, int]:
+    """Where in a file, whose header is sound, the data of each tensor begins."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + said["data_offsets"][0] for name, said in header.items() if name != "__metadata__"}
+
+
+def _map(file: Path) -> Map | None:
+    """None where there is no address space for it (ulimit -v, strict overcommit): then tensors are copied."""
+    try:
+        return Map(file)
+    except OSError:
+        return None
+
+
+def _lazy(file: Path, handle, name: str, mapped: Map | None, offset: int) -> LazyTensor:
     view = handle.get_slice(name)
     shape, dtype = tuple(view.get_shape()), DTYPES.get(view.get_dtype())
     if dtype is None:
@@ -238,19 +278,18 @@ def _mapped(file: Path, handle, name: str) -> LazyTensor:
         # a slice is a view of the map, and a scalar has none; clone() makes the memory the caller's own
         return (view[start:stop] if shape else handle.get_tensor(name)).clone()
 
-    return LazyTensor(shape, dtype, read)
+    return LazyTensor(shape, dtype, read, view=lambda: mapped and mapped.tensor(dtype, shape, offset))
 
 
 def headers(source: Source) -> Headers:
-    """The names of the tensors on this disk and their bytes as stored."""
-    found = open_weights(source)
-    return Headers(source, {name: tensor.stored_bytes for name, tensor in found.items()})
+    """The names of the tensors on this disk, their types and their bytes as stored."""
+    return Headers(source, {name: tensor.stored for name, tensor in open_weights(source).items()})
 
 
 def packed_bytes(headers: Headers) -> dict[str, int]:
     """The bytes, with all their parts, of the weights that bitsandbytes packed."""
     packed = find_packed(headers.tensors, headers.source)
-    return {name: sum(headers.tensors[_beside(name, part)] for part in parts) for name, parts in packed.items()}
+    return {name: sum(headers.tensors[_beside(name, part)][1] for part in parts) for name, parts in packed.items()}
 
 
 def find_packed(tensors: Collection[str], source: Source) -> dict[str, tuple[str, ...]]:
@@ -342,7 +381,7 @@ def overlay(base: Weights, changes: Mapping[str, LazyTensor]) -> Weights:
     packed = {name: parts for name, parts in base.packed.items() if name not in changes}
     gone = _companions(base.packed) - _companions(packed)
     kept = {name: tensor for name, tensor in base.items() if name not in gone}
-    return Weights({**kept, **changes}, base.config, packed, base.gguf)
+    return Weights({**kept, **changes}, base.config, packed, base.gguf, base.maps)
 
 
 def write_sharded(
@@ -351,18 +390,19 @@ def write_sharded(
     """Stream the weights to safetensors in `folder`: model.safetensors, or shards of at most `max_shard_size` bytes
     and an index.
 
-    Floating tensors are cast to `dtype` (None: as they are); parts of packed weights never are. Holds one row block
-    at a time; each file appears whole or not at all, and existing ones of the same name are replaced. Returns the
-    file names. Raises QmicaError if there is no space.
+    Floating tensors are cast to `dtype` (None: as they are); parts of packed weights never are. They are read in the
+    mapping's order, the parts of a packed weight one after another, and these lie in one file. Holds one row block at a
+    time; each file appears whole or not at all, and existing ones of the same name are replaced. Returns the file
+    names. Raises QmicaError if there is no space.
     """
     folder, layout = Path(folder), _targets(weights, dtype)
     sizes = {name: math.prod(weights[name].shape) * kind.itemsize for name, kind in layout.items()}
     require_space(folder, sum(sizes.values()), f"writing {len(sizes)} tensors")
-    shards = _shards(sizes, max_shard_size)
+    shards = _shards(_groups(weights), sizes, max_shard_size)
     count = len(shards)
     names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)] if count > 1 else [SINGLE]
     for file, shard in zip(names, shards, strict=True):
-        _write_file(folder / file, {name: (weights[name], layout[name]) for name in shard})
+        write_file(folder / file, {name: weights[name] for name in shard}, layout)
     if count > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
@@ -376,35 +416,57 @@ def _targets(weights: Weights, dtype: torch.dtype | None) -> dict[str, torch.dty
     return {name: dtype if dtype and name in castable else weights[name].dtype for name in weights}
 
 
-def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in order, cut wherever the next tensor would make a shard larger than `most`."""
+def _groups(weights: Weights) -> list[list[str]]:
+    """Names that belong into one file: a packed weight with its companions, any other tensor alone."""
+    companions = _companions(weights.packed)
+    return [
+        [one for one in _together(name, weights.packed.get(name, ())) if one in weights]
+        for name in weights
+        if name not in companions
+    ]
+
+
+def _shards(groups: Iterable[list[str]], sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in order, cut wherever the next group would make a shard larger than `most`."""
     shards, held = [[]], 0
-    for name, nbytes in sizes.items():
+    for group in groups:
+        nbytes = sum(sizes[name] for name in group)
         if shards[-1] and held + nbytes > most:
             shards.append([])
             held = 0
-        shards[-1].append(name)
+        shards[-1] += group
         held += nbytes
     return shards
 
 
-def _write_file(path: Path, tensors: Mapping[str, tuple[LazyTensor, torch.dtype]]) -> None:
-    # widest dtype first, as safetensors' own writer, so that every tensor is aligned
-    ordered = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name in ordered:
-        tensor, dtype = tensors[name]
-        end = offset + math.prod(tensor.shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+def write_file(path: Path, tensors: Mapping[str, LazyTensor], layout: Mapping[str, torch.dtype] | None = None) -> None:
+    """Write one safetensors file, the tensors in the order in which they are given, each to its place; cast as
+    `layout` says (None: as they are).
+    """
+    layout = layout or {name: tensor.dtype for name, tensor in tensors.items()}
+    header, places = _header(tensors, layout)
     with replacing(path) as part, open(part, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            tensor, dtype = tensors[name]
+        file.write(header)
+        for name, tensor in tensors.items():
+            file.seek(places[name])
             for start, stop in tensor.blocks():
-                file.write(_bytes(tensor.rows(start, stop).to(dtype)))
+                file.write(_bytes(tensor.rows(start, stop).to(layout[name])))
+
+
+def _header(tensors: Mapping[str, LazyTensor], layout: Mapping[str, torch.dtype]) -> tuple[bytes, dict[str, int]]:
+    """A file's header, and where the data of each tensor begins."""
+    # widest dtype first, as safetensors' own writer, so that every tensor is aligned
+    ordered = sorted(tensors, key=lambda name: (-layout[name].itemsize, name))
+    said, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name in ordered:
+        shape, dtype = tensors[name].shape, layout[name]
+        end = offset + math.prod(shape) * dtype.itemsize
+        said[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: data + said[name]["data_offsets"][0] for name in ordered}
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

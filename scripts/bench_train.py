@@ -36,7 +36,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qmica import data, durable, memory, model, packing, quant, samples, source, tokenizer, training, weights
+from qmica import allocator, data, durable, memory, model, packing, quant, samples, source, tokenizer, training, weights
 from qmica.config import AdapterConfig, DataConfig, Job, ModelConfig, TrainingConfig
 from qmica.errors import QmicaError
 
@@ -64,6 +64,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="that count, behind one that does not")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--memory", help="qmica's own choice within this, in place of checkpointing all or nothing")
+    parser.add_argument("--stream", choices=("none", "host", "disk"), default="none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--child", choices=tuple(CHILDREN), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -93,6 +95,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         f"{torch.__version__}, {torch.get_num_threads()} threads"
     )
     TALL.print(_table(found))
+    TALL.print(f"qmica: {found['qmica'][0]['how']}")
     if options.against:
         ours, theirs = (_summary(found[side]) for side in sides)
         TALL.print(
@@ -154,16 +157,20 @@ def _table(found: dict[str, list[dict]]) -> Table:
 def run_qmica(options: argparse.Namespace, method: str = "mica") -> dict:
     """Steps of the loop of `qmica train`."""
     before = _start(options.device)
-    memory.keep_freed_memory()
+    allocator.keep_freed()
     job = _job(options, method)
-    accelerator = training._accelerator(job)
+    accelerator = training.make_accelerator(job)
+    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     with memory.peak(accelerator.device) as peak:
         found = source.resolve(options.model)
-        network = training._load(job, found, accelerator.device, lambda text: None, None)
-        prepared = data.Prepared(_examples(options, found, network.config.vocab_size), None, None, None)
-        loop = training.Loop(job, None, network, prepared, accelerator)
+        compute = model.choose_dtype("auto", accelerator.device)
+        empty = model.on_meta(model.read_config(found), compute)
+        prepared = data.Prepared(_examples(options, found, empty.config.vocab_size), None, None, None)
+        choice = training.choose(job, found, empty, prepared, accelerator.device, compute, say)
+        network = training.load_network(job, found, choice.modes, accelerator.device, say, None)
+        loop = training.Loop(job, None, network, prepared, accelerator, choice.parts)
         network.train()
-        return _measured(options, network, lambda: loop.update()["loss"], peak, before)
+        return _measured(options, network, lambda: loop.update()["loss"], peak, before) | {"how": str(choice)}
 
 
 def run_lora(options: argparse.Namespace) -> dict:
@@ -217,13 +224,14 @@ def run_peft(options: argparse.Namespace) -> dict:
 
 def _job(options: argparse.Namespace, method: str) -> Job:
     return Job(
-        ModelConfig(options.model, bits=options.bits, device=options.device),
+        ModelConfig(options.model, bits=options.bits, device=options.device, stream=options.stream),
         AdapterConfig(rank=options.rank, method=method),
         DataConfig(max_seq_length=options.length),
         TrainingConfig(
             steps=WARM_UP + options.steps,
             batch_size=options.batch_size,
-            grad_checkpoint=options.grad_checkpoint,
+            grad_checkpoint=None if options.memory else options.grad_checkpoint,
+            memory=options.memory,
             schedule="constant",
             warmup=0,
         ),

@@ -10,7 +10,7 @@ from pathlib import Path
 import tiny
 from accelerate import Accelerator
 
-from qmica import adapter, checkpointing, data, model, runs, source, tokenizer, training
+from qmica import adapter, checkpointing, data, loss, model, runs, source, tokenizer, training
 from qmica.config import Job
 
 TIMING = ("tokens_per_s", "peak_bytes")  # what may differ between two equal runs
@@ -78,6 +78,7 @@ def loop(flags: dict, folder, **changes) -> training.Loop:
     adapter.attach(network, parts.adapter, parts.training.seed)
     mode = "checkpoint" if parts.training.grad_checkpoint else "plain"
     checkpointing.set_modes(network, [mode] * network.config.num_hidden_layers)
+    loss.Head.of(network)  # which runs the network once, whatever watches it later
     return training.Loop(parts, runs.Run(Path(folder)), network, prepared, Accelerator(cpu=True))
 
 

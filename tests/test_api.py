@@ -22,7 +22,6 @@ from qmica.config import (
     EvalConfig,
     ExportConfig,
     InspectConfig,
-    MemoryConfig,
     ModelConfig,
     TrainingConfig,
 )
@@ -69,10 +68,10 @@ def test_train(jobs):
 
 def test_plan(jobs):
     qmica.plan(model="7b", bits=8, steps=3, memory=8)
-    options = (ModelConfig(model="7b", bits=8), AdapterConfig(), DataConfig(), TrainingConfig(steps=3))
-    assert jobs.arguments == (*options, MemoryConfig("8"), False)
+    options = (ModelConfig(model="7b", bits=8), AdapterConfig(), DataConfig(), TrainingConfig(steps=3, memory="8"))
+    assert jobs.arguments == (*options, False)
     qmica.plan()
-    assert jobs.arguments[-2] == MemoryConfig()
+    assert jobs.arguments[-2] == TrainingConfig()
 
 
 def test_resume(jobs, tmp_path):

@@ -29,7 +29,6 @@ from qmica.config import (
     ExportConfig,
     InspectConfig,
     Job,
-    MemoryConfig,
     ModelConfig,
     TrainingConfig,
 )
@@ -119,13 +118,13 @@ def test_plan_takes_the_flags_of_train(jobs, tmp_path):
         ModelConfig(model="7b", bits=8),
         AdapterConfig(rank=32),
         DataConfig(data=("a.txt",)),
-        TrainingConfig(steps=7),
+        TrainingConfig(steps=7, memory="8GB"),
     )
-    assert jobs.arguments == (*expected, MemoryConfig("8GB"), True)
+    assert jobs.arguments == (*expected, True)
     run = tmp_path / "config.json"
     run.write_text(json.dumps({"train": Job(*expected).flags(), "versions": {}}))
     assert cli.main(["plan", "-c", str(run)]) == 0
-    assert jobs.arguments == (*expected, MemoryConfig(), False)
+    assert jobs.arguments == (*expected, False)
 
 
 def test_a_budget_that_is_none(jobs, capsys):

@@ -28,6 +28,7 @@ DEFAULTS = {
         "--bits": 4,
         "--dtype": "auto",
         "--device": "auto",
+        "--stream": "none",
         "--threads": None,
     },
     AdapterConfig: {
@@ -63,6 +64,7 @@ DEFAULTS = {
         "--weight-decay": 0.01,
         "--clip": 1.0,
         "--grad-checkpoint": True,
+        "--compile": False,
         "--eval-every": 0,
         "--save-every": 100,
         "--out": None,
@@ -285,3 +287,30 @@ def test_quants_are_those_that_ggml_has():
     assert ExportConfig(quant="q8_0").quant == "Q8_0"
     field = ast.unparse(ast.parse(Path(config.__file__).read_text(encoding="utf-8")))
     assert " ".join(config.QUANTS) in field  # the words of --help
+
+
+@pytest.mark.parametrize(
+    "text, nbytes",
+    [
+        ("8GB", 8_000_000_000),
+        ("8gib", 8 * 1024**3),
+        ("7.5G", 7_500_000_000),
+        ("900MB", 900_000_000),
+        ("900 mb", 900_000_000),
+        ("8", 8_000_000_000),
+        (".5", 500_000_000),
+        (12, 12_000_000_000),
+        ("1.5TiB", int(1.5 * 1024**4)),
+        (None, None),
+    ],
+)
+def test_sizes_as_people_write_them(text, nbytes):
+    assert TrainingConfig(memory=text).memory_bytes == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "much", "-8GB", "8 bananas", "8GBGB", "GB", "1e9", "nan", "8,5GB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(
+        QmicaError, match=r"^--memory .*: give a size such as 8GB, 7.5G, 8GiB or 900MB, or a number of GB$"
+    ):
+        TrainingConfig(memory=text)

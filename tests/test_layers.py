@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "qmica"
 LAYERS = (
     {"errors"},
     {
+        "allocator",
         "config",
         "catalog",
         "checkpointing",
@@ -22,12 +23,15 @@ LAYERS = (
         "architectures",
         "llamacpp",
         "gguf_file",
+        "mapping",
         "samples",
     },
     {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases"},
-    {"linear", "data", "memory", "model"},
-    {"adapter", "pace"},
+    {"linear", "data", "memory", "quantized", "window"},
+    {"model", "streaming"},
+    {"adapter", "pace", "kernels"},
+    {"budget"},
     {
         "training",
         "evaluation",

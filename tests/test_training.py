@@ -303,6 +303,22 @@ def test_rehearsing_changes_nothing(flags, tmp_path, monkeypatch):
     assert equal(weights(rehearsed), weights(alone))
 
 
+def test_a_step_as_long_as_any_needs_no_rehearsal(flags, tmp_path):
+    """Nor is one held for it: what the first step takes is known when it is done."""
+    loop = small_runs.loop(flags, tmp_path, packing=False, batch_size=1, grad_accum=1, epochs=1, steps=None)
+    lengths = [batch.input_ids.numel() for batch in loop.stream.first_epoch]
+    assert len(set(lengths)) > 3
+    for loop.step, length in enumerate(lengths):
+        assert loop.opens_with_the_longest() == (length >= 0.95 * max(lengths)), (length, max(lengths))
+
+
+def test_the_first_step_that_is_a_rehearsal_is_said(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training.Loop, "rehearse", lambda loop: pytest.fail("rehearsed"))
+    monkeypatch.setattr(training.Loop, "opens_with_the_longest", lambda loop: True)
+    small_runs.train(flags, out=tmp_path / "run", steps=1)
+    assert "1 steps of 2 batches, optimizer adamw: the first one will tell how long\n" in capsys.readouterr().out
+
+
 # ---- memory that runs out
 
 
