@@ -268,6 +268,17 @@ def test_host_memory_is_where_a_cpu_has_its_weights(flags, capsys):
         model.load(source.resolve(flags["model"]), 4, "fp32", "cpu", stream="host")
 
 
+def test_only_decoder_layers_are_left_on_the_host(flags):
+    """The head and the embeddings are used outside the layers, where nothing is fetched."""
+    network = model.load(source.resolve(flags["model"]), 4, "fp32", "cpu", stream="disk")
+    linears = {name: part for name, part in network.named_modules() if isinstance(part, quant.FrozenLinear)}
+    kept = {name for name, part in linears.items() if part.computes_on is not None}
+    assert kept == {name for name in linears if ".layers." in name} and len(kept) == 7 * LAYERS
+    plain = model.load(source.resolve(flags["model"]), 4, "fp32", "cpu")
+    with torch.no_grad():
+        assert torch.equal(network(PROMPT).logits, plain(PROMPT).logits)
+
+
 def test_a_run_that_streamed_on_a_gpu_opens_on_a_cpu(tmp_path):
     folder = make_run(tmp_path / "run" / "adapter", save_tiny(tmp_path / "base"), bits=4).parent
     run = runs.Run(folder)
