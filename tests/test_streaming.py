@@ -228,6 +228,28 @@ def test_what_is_pointed_elsewhere_is_held_once(bits):
         torch.UntypedStorage._free_weak_ref(part)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_copy_reads_the_same_and_leaves_the_weight_alone(bits):
+    linear = quant.quantize(torch.randn(64, 96), None, bits, CPU)
+    before = [part.data_ptr() for part in linear.stored()]
+    copied = quant.Stored(linear).copied(CPU)
+    assert torch.equal(copied.rows(3, 17), linear.rows(3, 17))
+    for part in copied.linear.stored():
+        part.zero_()
+    assert [part.data_ptr() for part in linear.stored()] == before
+    assert quant.Stored(linear).held().linear is linear
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+def test_a_weight_on_the_host_is_dequantized_on_its_device(bits):
+    linear = quant.quantize(torch.randn(64, 96), None, bits, CUDA)
+    expected = linear.rows(3, 17)
+    quant.keep_on_host(linear)
+    assert not linear.weight.is_cuda and linear.device.type == "cuda"
+    assert torch.equal(quant.Stored(linear).held().rows(3, 17), expected)
+
+
 def test_a_layer_lies_in_one_stretch_and_every_tensor_is_aligned(flags, tmp_path):
     _, streamer = streamed(flags, tmp_path, Recorded())
     flat = torch.empty(streamer.blocks[0].size, dtype=torch.uint8)
