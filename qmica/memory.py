@@ -27,13 +27,10 @@ import torch
 from torch import nn
 
 from qmica import allocator, loss, quant, targets
-from qmica.checkpointing import MODES
+from qmica.checkpointing import CHECKPOINT, PLAIN, PRODUCTS
 from qmica.config import AdapterConfig, TrainingConfig
 from qmica.durable import size_text
 from qmica.errors import QmicaError
-
-PLAIN, PRODUCTS, CHECKPOINT = MODES
-
 
 # fitted by scripts/check_plan.py on a CPU
 IMPORTS = 0.34e9  # bytes of the process with torch, transformers and bitsandbytes imported
