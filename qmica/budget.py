@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from qmica import memory, pace
-from qmica.checkpointing import MODES
+from qmica.checkpointing import CHECKPOINT, MODES, PLAIN, PRODUCTS
 from qmica.durable import size_text
 from qmica.memory import Case, Plan
 
-PLAIN, PRODUCTS, CHECKPOINT = MODES
 OF_WHAT_IS_FREE = 0.8  # other programs, and what the plan does not see, keep a fifth
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 
-MODES = ("plain", "products", "checkpoint")  # from most kept to least
+MODES = PLAIN, PRODUCTS, CHECKPOINT = ("plain", "products", "checkpoint")  # from most kept to least
 
 
 class _Tape:
@@ -99,7 +99,7 @@ def set_modes(model: nn.Module, modes: Sequence[str]) -> bool:
     for layer, mode in zip(decoder_layers(model), modes, strict=True):
         changed |= getattr(layer, "qmica_mode", None) != mode
         layer.qmica_mode = mode
-        layer.gradient_checkpointing = mode != "plain"
-        more = {"context_fn": _contexts} if mode == "products" else {}
+        layer.gradient_checkpointing = mode != PLAIN
+        more = {"context_fn": _contexts} if mode == PRODUCTS else {}
         layer._gradient_checkpointing_func = functools.partial(torch_checkpoint.checkpoint, use_reentrant=False, **more)
     return changed

@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token, UnusedCliTokensError
 
@@ -389,13 +389,14 @@ def _unknown(path: Path, key: str, verb: str, named: Iterable[str]) -> str:
 def _tokens(path: Path, key: str, value: object, argument) -> list[Token]:
     """The value as the command line would spell it: a word each. No words where it is null or empty."""
     many = get_origin(argument.hint) is tuple
+    boolean = bool in (argument.hint, *get_args(argument.hint))  # bool, or bool | None
     words = list(value) if isinstance(value, list | tuple) else [value]
     if value is None and argument.field_info.default is not None:
         raise QmicaError(f"-c {path}: {key} has no value: give one or leave the key out")
     if len(words) != 1 and not many:
         raise QmicaError(f"-c {path}: {key} takes one value, not a list of {len(words)}")
     for word in words:
-        if isinstance(word, dict | list) or (isinstance(word, bool) and argument.hint is not bool):
+        if isinstance(word, dict | list) or (isinstance(word, bool) and not boolean):
             raise QmicaError(f"-c {path}: {key}: {json.dumps(word, default=str)} is not a value for --{_key(key)}")
     return [
         Token(keyword=key, value=str(word), source=str(path), index=index)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from qmica import progress, quant
+from qmica.checkpointing import PRODUCTS, decoder_layers
 from qmica.linear import MicaLinear
 
 PAIRS = 2  # timings with and without, in turns; each is the better of two batches
@@ -109,7 +110,7 @@ def kept_if_faster(exchange: Exchange, seconds: Callable[[], float], say: Callab
 
 def compiling(network: nn.Module, backend: str = "inductor") -> Exchange:
     """The decoder layers compiled in training mode, their linears as they are. backend: torch.compile's."""
-    layers = list(network.base_model.layers)
+    layers = decoder_layers(network)
     replacements = [Replacement(layer, "forward", _compiled(layer, backend)) for layer in layers]
     for linear in (linear for layer in layers for linear in _outermost_linears(layer)):
         replacements.append(Replacement(linear, "forward", torch.compiler.disable(linear.forward)))
@@ -166,9 +167,13 @@ FAMILIES = {
 
 
 def liger(network: nn.Module) -> list[Exchange]:
-    """Liger's kernels for a model on CUDA; none where they are not installed, or the family is not known to fit."""
+    """Liger's kernels for a model on CUDA; none where they are not installed, or the family is not known to fit.
+
+    Nor beside layers that keep the products of their linears: Liger writes over such products, which nothing notices.
+    """
     family = FAMILIES.get(network.config.model_type)
-    if family is None or find_spec("liger_kernel") is None:
+    kept = any(getattr(layer, "qmica_mode", None) == PRODUCTS for layer in decoder_layers(network))
+    if family is None or kept or find_spec("liger_kernel") is None:
         return []
     device = next(_of_class(network, family.norm)).weight.device
     return _liger_exchanges(network, family, device) if device.type == "cuda" else []

@@ -27,15 +27,12 @@ import torch
 from torch import nn
 
 from qmica import allocator, loss, quant, targets
-from qmica.checkpointing import MODES
+from qmica.checkpointing import CHECKPOINT, PLAIN, PRODUCTS
 from qmica.config import AdapterConfig, Job, TrainingConfig
 from qmica.durable import size_text
 from qmica.errors import QmicaError
 from qmica.source import Headers
 from qmica.weights import packed_bytes
-
-PLAIN, PRODUCTS, CHECKPOINT = MODES
-
 
 # fitted by scripts/check_plan.py on a CPU
 IMPORTS = 0.34e9  # bytes of the process with torch, transformers and bitsandbytes imported

@@ -18,10 +18,9 @@ import torch
 from torch.nn import functional
 
 from qmica import loss, quant
-from qmica.checkpointing import MODES
+from qmica.checkpointing import CHECKPOINT, PLAIN
 from qmica.memory import Case
 
-PLAIN, PRODUCTS, CHECKPOINT = MODES
 SECONDS = 2.0  # of calibration, shared by all kinds
 MOST_TOKENS = 512  # in a calibration's tensors: a multiplication is as fast as it gets with these
 

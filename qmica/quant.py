@@ -284,11 +284,16 @@ class Stored:
         """Where the loader knows it from the cache, nothing is read: of 7B that is 4 GB."""
         return getattr(self.linear, "known_digest", None) or store.digest(self.linear.stored())
 
-    def held(self) -> "Stored | torch.Tensor":
-        """Itself: dequantizing rows is a tenth of what is done with them. A weight that lives on the host is
-        dequantized there once.
+    def held(self) -> "Stored":
+        """Itself: dequantizing rows is a tenth of what is done with them. Of a weight that lives on the host, a copy on
+        its device, where it is dequantized by the same kernels as a weight that stays there: to the same bits.
         """
-        return self if self.linear.weight.device == self.linear.device else self.linear.dequantize()
+        return self if self.linear.weight.device == self.linear.device else self.copied(self.linear.device)
+
+    def copied(self, device: torch.device) -> "Stored":
+        twin = copy.deepcopy(self.linear)
+        twin.point([part.to(device) for part in self.linear.stored()])
+        return Stored(twin)
 
 
 def _empty(kind: type, weight: torch.Tensor, **options) -> nn.Module:

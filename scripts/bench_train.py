@@ -4,6 +4,7 @@ the machine's own matrix rate.
     python scripts/bench_train.py --against peft                      # SmolLM2, 2 x 512 tokens, checkpointing on
     python scripts/bench_train.py --against peft --no-grad-checkpoint
     python scripts/bench_train.py --against lora                      # qmica's own LoRA
+    python scripts/bench_train.py --against peft --memory 1GB         # qmica within a budget, PEFT with checkpointing
     python scripts/bench_train.py --model FOLDER --batch-size 1 --length 256 --steps 2    # alone: any model
     python scripts/bench_train.py --against peft --model FOLDER --batch-size 8 --length 2048 --device cuda
 
@@ -64,6 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="that count, behind one that does not")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--components", default="minor", help="random: a 7B's minor subspaces take minutes on a CPU")
     parser.add_argument("--memory", help="qmica's own choice within this, in place of checkpointing all or nothing")
     parser.add_argument("--stream", choices=("none", "host", "disk"), default="none")
     parser.add_argument("--device", default="cpu")
@@ -225,7 +227,7 @@ def run_peft(options: argparse.Namespace) -> dict:
 def _job(options: argparse.Namespace, method: str) -> Job:
     return Job(
         ModelConfig(options.model, bits=options.bits, device=options.device, stream=options.stream),
-        AdapterConfig(rank=options.rank, method=method),
+        AdapterConfig(rank=options.rank, method=method, components=options.components if method == "mica" else "minor"),
         DataConfig(max_seq_length=options.length),
         TrainingConfig(
             steps=WARM_UP + options.steps,

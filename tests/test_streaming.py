@@ -228,6 +228,28 @@ def test_what_is_pointed_elsewhere_is_held_once(bits):
         torch.UntypedStorage._free_weak_ref(part)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_copy_reads_the_same_and_leaves_the_weight_alone(bits):
+    linear = quant.quantize(torch.randn(64, 96), None, bits, CPU)
+    before = [part.data_ptr() for part in linear.stored()]
+    copied = quant.Stored(linear).copied(CPU)
+    assert torch.equal(copied.rows(3, 17), linear.rows(3, 17))
+    for part in copied.linear.stored():
+        part.zero_()
+    assert [part.data_ptr() for part in linear.stored()] == before
+    assert quant.Stored(linear).held().linear is linear
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+def test_a_weight_on_the_host_is_dequantized_on_its_device(bits):
+    linear = quant.quantize(torch.randn(64, 96), None, bits, CUDA)
+    expected = linear.rows(3, 17)
+    quant.keep_on_host(linear)
+    assert not linear.weight.is_cuda and linear.device.type == "cuda"
+    assert torch.equal(quant.Stored(linear).held().rows(3, 17), expected)
+
+
 def test_a_layer_lies_in_one_stretch_and_every_tensor_is_aligned(flags, tmp_path):
     _, streamer = streamed(flags, tmp_path, Recorded())
     flat = torch.empty(streamer.blocks[0].size, dtype=torch.uint8)
@@ -266,6 +288,17 @@ def test_host_memory_is_where_a_cpu_has_its_weights(flags, capsys):
     assert capsys.readouterr().err == f"qmica: {expected}\n"
     with pytest.raises(QmicaError, match="--stream host is for a GPU"):
         model.load(source.resolve(flags["model"]), 4, "fp32", "cpu", stream="host")
+
+
+def test_only_decoder_layers_are_left_on_the_host(flags):
+    """The head and the embeddings are used outside the layers, where nothing is fetched."""
+    network = model.load(source.resolve(flags["model"]), 4, "fp32", "cpu", stream="disk")
+    linears = {name: part for name, part in network.named_modules() if isinstance(part, quant.FrozenLinear)}
+    kept = {name for name, part in linears.items() if part.computes_on is not None}
+    assert kept == {name for name in linears if ".layers." in name} and len(kept) == 7 * LAYERS
+    plain = model.load(source.resolve(flags["model"]), 4, "fp32", "cpu")
+    with torch.no_grad():
+        assert torch.equal(network(PROMPT).logits, plain(PROMPT).logits)
 
 
 def test_a_run_that_streamed_on_a_gpu_opens_on_a_cpu(tmp_path):
