@@ -35,8 +35,8 @@ from qmica.source import Headers
 from qmica.weights import packed_bytes
 
 # fitted by scripts/check_plan.py on a CPU
-IMPORTS = 0.34e9  # bytes of the process with torch, transformers and bitsandbytes imported
-WORD = 1500  # bytes of the tokenizer a token of the vocabulary
+IMPORTS = 0.30e9  # bytes of the process with torch, transformers and bitsandbytes imported
+WORD = 1010  # bytes of the tokenizer a token of the vocabulary
 HOLES_KEPT, HOLES_PASSING = 1.6, 3.5  # what glibc holds for each byte that layers keep, and that comes and goes
 
 
@@ -395,8 +395,11 @@ def _holes(case: Case) -> float:
         return 0.0
     layers = [(size, mode) for mode in case.layer_modes for size in layer_tensors(case, mode).values()]
     kept = _small([size for size, _ in layers]) + _small(_ends(case).values())
-    passing = max(_small(_loss_tensors(case).values()), _small(_backward_tensors(case).values()))
+    passing = max(_small(tensors(case).values()) for tensors in _PASSING)
     return (HOLES_KEPT - 1) * kept + (HOLES_PASSING - 1) * passing
+
+
+_PASSING = (_loss_tensors, _backward_tensors)
 
 
 def _small(sizes) -> float:
