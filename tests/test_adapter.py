@@ -102,6 +102,13 @@ def largest(one, other):
     return float((one - other).abs().max())
 
 
+def same(one, other):
+    """Equal but for the order of fp32 sums: PEFT adds the adapter's product to the base's, qmica adds it within that
+    product, so that no second output is written. Of the largest logit; measured: at most 5e-7.
+    """
+    return largest(one, other) <= 2e-6 * float(other.abs().max())
+
+
 def bases(network):
     """Each B by module path, a copy."""
     return {path: layer.B.detach().clone() for path, layer in adapter.layers(network)}
@@ -234,7 +241,7 @@ def test_a_fresh_adapter_changes_nothing(base, bits):
 
 
 def test_twenty_steps_are_pefts(base, tmp_path):
-    """From PEFT's own B, in fp32, at 16 bits. Measured: all 21 losses are the same bits, from 9.0 to 0.6."""
+    """From PEFT's own B, in fp32, at 16 bits. Measured: from 9.0 to 0.6, at most 1e-6 apart."""
     theirs = peft_model(base)
     theirs.save_pretrained(tmp_path)
     ours = adapter.load_adapter(loaded(base), tmp_path)
@@ -255,7 +262,7 @@ def test_a_mica_adapter_of_pefts_is_continued(base, tmp_path, rank_stabilized):
     assert config["init_lora_weights"] == "mica" and config["use_rslora"] is rank_stabilized
     ours = adapter.load_adapter(loaded(base), tmp_path / "theirs")
     assert ours.qmica_adapter.method == "mica"
-    assert torch.equal(logits(ours), logits(theirs))
+    assert same(logits(ours), logits(theirs))
     before = bases(ours)
     apart = max(abs(one - other) for one, other in zip(trained(ours), trained(theirs), strict=True))
     assert apart < 1e-5, f"the losses are {apart:.1e} apart"
@@ -264,8 +271,7 @@ def test_a_mica_adapter_of_pefts_is_continued(base, tmp_path, rank_stabilized):
     assert all(torch.equal(B, tensors[f"{adapter.PREFIX}{path}.lora_B.weight"]) for path, B in before.items())
     adapter.save_adapter(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(transformers_model(base), tmp_path / "ours")
-    difference = largest(logits(again), logits(ours))
-    assert difference == 0, f"{difference:.1e}"
+    assert same(logits(again), logits(ours)), f"{largest(logits(again), logits(ours)):.1e} apart"
 
 
 def test_a_lora_of_pefts_trains_on_as_one(base, tmp_path):
@@ -273,7 +279,7 @@ def test_a_lora_of_pefts_trains_on_as_one(base, tmp_path):
     trained(theirs)
     theirs.save_pretrained(tmp_path)
     ours = adapter.load_adapter(loaded(base), tmp_path)
-    assert ours.qmica_adapter.method == "lora" and torch.equal(logits(ours), logits(theirs))
+    assert ours.qmica_adapter.method == "lora" and same(logits(ours), logits(theirs))
     assert sorted({path.split(".")[2] for path, _ in adapter.layers(ours)}) == ["1"]
     before = bases(ours)
     apart = max(abs(one - other) for one, other in zip(trained(ours), trained(theirs), strict=True))
@@ -286,7 +292,7 @@ def test_a_lora_of_pefts_trains_on_as_one(base, tmp_path):
 
 @pytest.mark.parametrize(("bits", "method"), [(16, "mica"), (4, "mica"), (16, "lora"), (4, "lora")])
 def test_peft_gives_our_logits(base, tmp_path, bits, method):
-    """Without a flag, exactly, where the adapter moves the logits by 10."""
+    """Without a flag, where the adapter moves the logits by 10."""
     network = attached(base, bits, AdapterConfig(rank=RANK, alpha=ALPHA, method=method))
     with adapter.switched(network, False):
         bare = logits(network)
@@ -299,7 +305,7 @@ def test_peft_gives_our_logits(base, tmp_path, bits, method):
     assert effect > 1, f"the adapter moves the logits by {effect:.1e} only"
     difference = largest(logits(theirs), logits(network))
     print(f"PEFT's logits are {difference:.1e} from ours, of an effect of {effect:.1f}")
-    assert difference == 0, f"{difference:.1e} of {effect:.1f}"
+    assert same(logits(theirs), logits(network)), f"{difference:.1e} of {effect:.1f}"
 
 
 def test_what_is_written(base, tmp_path):

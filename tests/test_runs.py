@@ -158,7 +158,15 @@ def test_what_loads_the_base(here):
     flags = Job.from_flags({"model": "7b", "bits": 8, "dtype": "fp32"}).flags()
     base = model.Base("org/model", "abc", 16)
     found = made(train=flags).model_config(base)
-    assert found == {"model": "7b", "revision": None, "bits": 8, "dtype": "fp32", "device": "auto", "threads": None}
+    assert found == {
+        "model": "7b",
+        "revision": None,
+        "bits": 8,
+        "dtype": "fp32",
+        "device": "auto",
+        "stream": "none",
+        "threads": None,
+    }
     bare = runs.Run(adapter_folder(here / "bare"))
     assert bare.model_config(base) == {"model": "org/model", "revision": "abc", "bits": 16}
     assert bare.model_config(model.Base("org/model"))["bits"] == 4
