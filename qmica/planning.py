@@ -256,7 +256,8 @@ def _table(title: str, rows: list[tuple[str, float]]) -> Table:
 
 def _pace_text(times: dict, known: Known) -> str:
     kinds = ", ".join(f"{kind} {taken / times['batch']:.0%}" for kind, taken in times["work"].items())
-    said = f"time: about {times['step']:.2g} s a step ({kinds})"
+    step = f"{times['step']:.2g} s" if times["step"] < 10 else progress.duration(times["step"])
+    said = f"time: about {step} a step ({kinds})"
     if times["run"] is None:
         return f"{said}; for the whole run give --steps, as {known.why_not}"
     return f"{said}, {progress.duration(times['run'])} in all"
