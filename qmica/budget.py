@@ -1,12 +1,14 @@
 """What a run keeps and what it computes again, chosen for the memory that it may take.
 
-How: three levers, each of which gives the same sums. A decoder layer may keep all that its backward needs, the products
-of its linears, or its input alone (`checkpointing`); a batch may be computed in parts, whose gradients are added; and
-all of it is counted by `memory.plan`. For each number of parts the layers give up as little as fits, products before
-inputs, as computing norms and activations again costs a tenth of multiplying again; of those ways to fit, the one that
-takes least time is chosen (`pace`, measured for two seconds on this machine, where there is a choice at all).
+How: two levers, which give the same sums (but for dropout, whose noise is drawn part by part). A decoder layer may keep
+all that its backward needs, the products of its linears, or its input alone (`checkpointing`); a batch may be computed
+in parts, whose gradients are added; and all of it is counted by `memory.plan`. For each number of parts the layers give
+up as little as fits, products before inputs, as computing norms and activations again costs a tenth of multiplying
+again; of those ways to fit, the one that takes least time is chosen (`pace`, measured for two seconds on this machine,
+where there is a choice at all).
 
-What it gives up: all layers are alike here, so which of them give up more is not asked: the first ones do.
+What it gives up: all layers are alike here, so which of them give up more is not asked: the first ones do. A GPU's
+levers (checkpoints and embedding on the host, an int8 head) are not here; --stream is the user's to ask for.
 """
 
 from collections.abc import Iterator
@@ -52,13 +54,15 @@ _WORDS = {
 }
 
 
-def choose(case: Case, budget: float, forced: bool | None = None) -> Choice:
+def choose(case: Case, budget: float, forced: bool | None = None, parts: int | None = None) -> Choice:
     """The fastest way to compute batches of case.rows within `budget` bytes; the one that takes least memory where none
     fits.
 
-    forced: --grad-checkpoint: True: every layer is computed again; False: none is; None: as the budget has it.
+    forced: --grad-checkpoint: True: every layer is computed again; False: none is; None: as the budget has it. parts:
+    those that a resumed run was computed in.
     """
-    ways = [_fitting(case, parts, budget, forced) for parts in _halvings(case.rows.count)]
+    numbers = [parts] if parts else _halvings(case.rows.count)
+    ways = [_fitting(case, number, budget, forced) for number in numbers]
     within = [way for way in ways if way.fits]
     if not within:
         return min(ways, key=lambda way: way.plan.total)
@@ -110,10 +114,9 @@ def allowed(named: int | None, device: torch.device) -> int:
     """Bytes that a run may hold: those that --memory names, or most of what is free. What this process holds already
     is a part of the plan on a CPU.
     """
-    if named is not None:
-        return named
     held = memory.measure(device) if device.type == "cpu" else 0
-    return int(OF_WHAT_IS_FREE * memory.available(device)) + held
+    free = memory.available(device)
+    return int(OF_WHAT_IS_FREE * free) + held if named is None else min(named, free + held)
 
 
 def described(choice: Choice, nbytes: int, named: bool) -> str:

@@ -9,6 +9,7 @@ through the same checks. Each verb imports what it needs inside itself, so that 
 What it gives up: abbreviated flags, and environment variables as flags.
 """
 
+import gc
 import json
 import os
 import sys
@@ -453,6 +454,8 @@ app.config = (_complete,)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (None: the process's own) and return its exit status, whatever was raised."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # at 700 new objects a time, looking for cycles in what torch and transformers import is 1 of 6 s of a start
+    gc.set_threshold(50_000, 20, 100)
     try:
         app(words, print_error=False, exit_on_error=False, result_action="return_value")
         sys.stdout.flush()  # a closed pipe shows here and not at the interpreter's end

@@ -32,7 +32,8 @@ def _as_tuple(value: str | Path | Sequence) -> tuple[str, ...]:
     return (str(value),) if isinstance(value, str | Path) else tuple(str(part) for part in value)
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
+MOST_GB = 10_000  # a plain number above is bytes, meant or mistaken: refused
 
 
 def _nbytes(text: str) -> float:
@@ -40,8 +41,10 @@ def _nbytes(text: str) -> float:
     found = _SIZE.fullmatch(text.strip())
     if not found:
         return 0
-    number, unit, binary = found.groups()
-    return float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or "g")
+    number, unit, binary, byte = found.groups()
+    if not unit:
+        return float(number) if byte else float(number) * 1e9 * (float(number) < MOST_GB)
+    return float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower())
 
 
 @Parameter(name="*", group=Group("Model", sort_key=1))

@@ -64,18 +64,23 @@ class Exchange:
         self._before = None
 
 
-def settle(network: nn.Module, compiled: bool, seconds: Callable[[], float], say: Callable[[str], None]) -> float:
+def settle(
+    network: nn.Module, compiled: bool, seconds: Callable[[], float], say: Callable[[str], None]
+) -> tuple[float, list[Exchange]]:
     """Keep of the kernels asked for (`compiled`) and installed what pays. seconds: runs a training batch, gives seconds
-    a token. Returns those with what was kept.
+    a token. Returns those with what was kept, and that, for the caller to `take` out when training is over: Liger's
+    RoPE is in the place of a function that all models of a family call.
     """
-    found = seconds()
+    found, kept = seconds(), []
     if compiled:
-        kept = kept_if_faster(compiling(network), seconds, say)
-        if kept is not None:
-            return kept  # what Liger would do is fused with the rest already
+        exchange = compiling(network)
+        faster = kept_if_faster(exchange, seconds, say)
+        if faster is not None:
+            return faster, [exchange]  # what Liger would do is fused with the rest already
     for exchange in liger(network):
-        found = kept_if_faster(exchange, seconds, say) or found
-    return found
+        faster = kept_if_faster(exchange, seconds, say)
+        found, kept = (found, kept) if faster is None else (faster, [*kept, exchange])
+    return found, kept
 
 
 def kept_if_faster(exchange: Exchange, seconds: Callable[[], float], say: Callable[[str], None]) -> float | None:

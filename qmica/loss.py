@@ -3,8 +3,8 @@
 How: the output head is frozen, so the gradient of the hidden states is all a backward needs. It is computed chunk by
 chunk in the forward, while a chunk's logits exist, and kept (tokens x width) in place of the logits (tokens x
 vocabulary: for SmolLM2 85 times as large, for Llama-3 31 times). The gradient of a chunk's logits is written over
-them, so that one set exists; a 16-bit head is cast in pieces. Tokens without a label are never multiplied with the
-head.
+them, so that one set exists (two under a soft cap, three for a divergence); a 16-bit head is cast in pieces. Tokens
+without a label are never multiplied with the head.
 
 Two losses share this: cross entropy against labels, and, for replayed text, the divergence from what the base itself
 says there. The base is the same network with its adapter off; it is kept as its last hidden states, and its logits too

@@ -40,7 +40,6 @@ from qmica.weights import packed_bytes
 # fitted by scripts/check_plan.py on a CPU
 IMPORTS = 0.30e9  # bytes of the process with torch, transformers and bitsandbytes imported
 WORD = 1010  # bytes of the tokenizer a token of the vocabulary
-
 # room for holes: with less of it they are returned more often, which costs more than it saves
 HOLES_KEPT, HOLES_PASSING, HOLES = 0.1, 1.0, 50e6  # of what layers keep, of what comes and goes, and always
 
@@ -352,6 +351,7 @@ def _loss_tensors(case: Case) -> dict[str, float]:
     logits = min(loss.chunk_tokens(vocabulary), tokens) * vocabulary
     return {
         "logits": 4 * logits,
+        "logits before their cap": 4 * logits if getattr(case.config, "final_logit_softcapping", None) else 0,
         "logits in the compute dtype": size * logits if size < 4 else 0,
         "labelled hidden states": tokens * case.config.hidden_size * size,
         "piece of the head": _piece(case, vocabulary * case.config.hidden_size),
@@ -471,16 +471,17 @@ _STATM = Path("/proc/self/statm")  # RssAnon is in /proc/self/status too, which 
 @contextmanager
 def peak(device: torch.device) -> Iterator[Callable[[], int]]:
     """A function that gives the most bytes held since here: the allocator's own peak on CUDA; elsewhere `measure`,
-    sampled by a thread every 10 ms, as the activations of a step are gone when it ends.
+    sampled by a thread every 5 ms, as the activations of a step are gone when it ends.
     """
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         yield lambda: measure(device)
         return
     most, over = measure(device), threading.Event()
 
     def sample() -> None:
         nonlocal most
-        while not over.wait(0.01):
+        while not over.wait(0.005):
             most = max(most, measure(device))
 
     sampler = threading.Thread(target=sample, daemon=True)

@@ -77,6 +77,12 @@ def require_stream(stream: str, device: torch.device) -> None:
         raise QmicaError("--stream host is for a GPU: a CPU's weights are in host memory already, use --stream disk")
 
 
+def require_dtype(compute: torch.dtype, device: torch.device) -> None:
+    """Raises QmicaError where training in this dtype does not work on this device."""
+    if (compute, device.type) == (torch.float16, "cpu"):
+        raise QmicaError("--dtype fp16 needs a GPU, whose gradient scaler it trains with: choose bf16, fp32 or auto")
+
+
 def read_config(source: Source) -> PretrainedConfig:
     """The transformers config of a source; a GGUF's is built from its own metadata. Raises QmicaError for an
     unsupported family.
@@ -208,9 +214,11 @@ def _fill(
         module = model.get_submodule(path)
         if quant.is_linear(module):
             if kind == "weight":  # the bias comes with it
-                linear = _linear(module, weights, name, bits, compute, device)
-                if on_host and not targets.stays_16bit(name):
-                    quant.keep_on_host(linear)
+                stays = on_host and not targets.stays_16bit(name)
+                place = torch.device("cpu") if stays else device
+                linear = _linear(module, weights, name, bits, compute, place)
+                if stays:
+                    quant.compute_on(linear, device)
                 model.set_submodule(path, linear)
         elif isinstance(module, nn.Embedding):
             _fill_embedding(module, weights[name].frozen(), compute, device)

@@ -141,7 +141,7 @@ class _Bench:
         return weight.numel(), lambda: linear.dequantize(self.case.compute)
 
     def elementwise(self) -> tuple[float, Callable]:
-        x, y = (self.tensor(self.case.rows.tokens, self.case.config.intermediate_size) for _ in range(2))
+        x, y = (self.tensor(self.tokens, self.case.config.intermediate_size) for _ in range(2))
         return 3 * x.nbytes, lambda: x * y
 
     def attention(self) -> tuple[float, Callable]:

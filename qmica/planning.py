@@ -62,7 +62,9 @@ def plan(
         torch.set_num_threads(job.model.threads)
     allocator.keep_freed()  # as in training, whose speed is estimated
     device = model.choose_device(job.model.device)
+    model.require_stream(job.model.stream, device)
     compute = model.choose_dtype(job.model.dtype, device)
+    model.require_dtype(compute, device)
     headers, empty = _opened(job.model, compute)
     adapter.choose(empty, job.adapter)
     known = _known_data(job, headers)
@@ -169,7 +171,7 @@ def _disk(case: memory.Case, headers: source.Headers) -> dict[str, int]:
     exports = {f"export {quant}": _export_bytes(quant, shapes, case.config) for quant in EXPORTS}
     return {
         "download": headers.download,
-        "quantized cache": round(memory.weights_bytes(case)),
+        "quantized cache": 0 if case.bits == 16 or case.packed else round(memory.weights_bytes(case)),
         "adapter": round(memory.PARTS["A"](case) + memory.PARTS["B"](case)),
         "merged": 2 * sum(math.prod(shape) for shape in shapes.values()),
         **exports,

@@ -7,7 +7,10 @@ renamed, so that two processes may make it at once. What is loaded is the entry,
 pages are the file's and not the process's own.
 
 What it gives up: nothing is ever evicted; the data is not checked again (a checksum would read gigabytes at each
-start),"""
+start), only that all files are whole, and hold what they should by name, type and shape. transformers computes in the
+type of what is not packed, which must be one: norms and biases are there in bf16, and where the source has them in
+another type they are kept a second time as it has them, for the loader here.
+"""
 
 import contextlib
 import functools

@@ -44,7 +44,7 @@ def start(model: nn.Module, stream: str, say: Callable[[str], None] = lambda tex
     if stream == "none":
         return model
     layers = checkpointing.decoder_layers(model)
-    device = next(part.device for part in layers.modules() if isinstance(part, quant.FrozenLinear))
+    device = next(linear.device for layer in layers for linear in _linears(layer))
     size = size_text(sum(part.nbytes for layer in layers for part in _weights(layer)))
     if device.type == "cpu":
         window.attach(model)

@@ -91,7 +91,8 @@ def train(
     adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
-    choice = choose(job, found, empty, prepared, accelerator.device, compute, say)
+    parts = run.last_checkpoint().state().get("parts", 1) if resume else None
+    choice = choose(job, found, empty, prepared, accelerator.device, compute, say, parts)
     network = load_network(job, found, choice.modes, accelerator.device, say, run if resume else None)
     run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
     loop = Loop(job, run, network, prepared, accelerator, choice.parts)
@@ -102,12 +103,16 @@ def train(
         loop.restore(checkpoint)
         say(f"going on after step {loop.step}, from {checkpoint.folder}")
     with memory.held_below(choice.plan.total, accelerator.device):
-        expected = _tell(job, network, loop, empty.num_parameters(), say)
+        expected, exchanged = _tell(job, network, loop, empty.num_parameters(), say)
         if resume is None and accelerator.is_main_process:
             run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose
         _start_tracker(accelerator, job, run)
         began = time.perf_counter()
-        loop.run()
+        try:
+            loop.run()
+        finally:
+            for exchange in exchanged:
+                exchange.take()
         took = time.perf_counter() - began
     _compare(choice.plan, loop.peak, expected, took, say)
     if accelerator.is_main_process:
@@ -304,12 +309,11 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         memory.give_back(self.accelerator.device)
         where = f"memory ran out at step {self.step + 1}"
+        same = "" if self.job.adapter.dropout else ", with the same result"  # its noise is drawn part by part
         layers = len(checkpointing.decoder_layers(self.network))
         if self.parts < self.options.batch_size:
             self.parts = min(2 * self.parts, self.options.batch_size)
-            self.accelerator.print(
-                f"{where}: from here on a batch is computed in {self.parts} parts, with the same result"
-            )
+            self.accelerator.print(f"{where}: from here on a batch is computed in {self.parts} parts{same}")
         elif checkpointing.set_modes(self.network, ["checkpoint"] * layers):
             self.accelerator.print(
                 f"{where}: from here on the backward computes every layer again, with the same result"
@@ -432,9 +436,9 @@ SCHEDULES = {
 def make_accelerator(job: Job) -> Accelerator:
     """The processes, the device, and a gradient scaler where fp16 needs one."""
     device = model.choose_device(job.model.device)
-    scaled = model.choose_dtype(job.model.dtype, device) == torch.float16
-    if scaled and device.type == "cpu":
-        raise QmicaError("--dtype fp16 needs a GPU, whose gradient scaler it trains with: choose bf16, fp32 or auto")
+    compute = model.choose_dtype(job.model.dtype, device)
+    model.require_dtype(compute, device)
+    scaled = compute == torch.float16
     return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if scaled else "no", **_tracking(job.training))
 
 
@@ -541,14 +545,15 @@ def choose(
     device: torch.device,
     compute: torch.dtype,
     say: Callable,
+    parts: int | None = None,
 ) -> budget.Choice:
     """How the longest batch is computed within --memory; that and what it takes are said. empty: the model on the meta
-    device.
+    device; parts: in how many a resumed run was computed.
     """
     rows = memory.Rows.of(packing.longest(Stream(prepared, job.data, job.training).first_epoch))
     case = memory.Case.of(job, weights.headers(found), empty, rows, compute, device)
     nbytes = budget.allowed(job.training.memory_bytes, device)
-    choice = budget.choose(case, nbytes, job.training.grad_checkpoint)
+    choice = budget.choose(case, nbytes, job.training.grad_checkpoint, parts)
     memory.require_fit(choice.plan, nbytes, device, say)
     say(budget.described(choice, nbytes, job.training.memory is not None))
     return choice
@@ -640,12 +645,12 @@ def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable) 
     steps = f"{loop.total} steps of {window}, optimizer {loop.optimizer_name}"
     if loop.opens_with_the_longest() and not job.training.compile:
         say(f"{steps}: the first one will tell how long")
-        return None
-    seconds = kernels.settle(network, job.training.compile, loop.rehearse, say)
+        return None, []
+    seconds, exchanged = kernels.settle(network, job.training.compile, loop.rehearse, say)
     epoch = loop.stream.first_epoch
     expected = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
     say(f"{steps}: about {progress.duration(expected)}")
-    return expected
+    return expected, exchanged
 
 
 def _compare(plan: memory.Plan, peak: int, expected: float | None, took: float, say: Callable[[str], None]) -> None:

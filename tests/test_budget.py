@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from qmica import budget, memory, model, pace
 from qmica.config import AdapterConfig, TrainingConfig
+from qmica.errors import QmicaError
 
 LAYERS, ROWS = 12, 8
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -108,9 +109,30 @@ def test_a_mixture_is_told(case):
     )
 
 
+def test_a_resumed_run_keeps_its_parts(case):
+    nbytes = total(case, ["products"] * LAYERS, 2) * 1.01
+    assert budget.choose(case, nbytes, None, 1).parts == 1 and budget.choose(case, nbytes, None, 8).parts == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("8GB", 8e9), ("7.5G", 7.5e9), ("8GiB", 8 * 2**30), ("900MB", 9e8), ("2", 2e9), (1.5, 1.5e9), ("900 B", 900)],
+)
+def test_sizes(text, nbytes):
+    assert TrainingConfig(memory=text).memory_bytes == nbytes
+
+
+@pytest.mark.parametrize("text", ["lots", "", "-1", "0", "8000000000", "8 GBB"])
+def test_what_is_no_size(text):
+    with pytest.raises(
+        QmicaError, match=r"^--memory .*: give a size such as 8GB, 7.5G, 8GiB or 900MB, or a number of GB$"
+    ):
+        TrainingConfig(memory=text)
+
+
 def test_what_may_be_taken():
-    """What --memory names, else four fifths of what is free beside what is held already."""
+    """What --memory names, if it is there, else four fifths of what is free; beside what is held already."""
     device = torch.device("cpu")
-    assert budget.allowed(123, device) == 123
+    assert budget.allowed(123, device) == 123 and budget.allowed(10**18, device) < 10**15
     free, held = memory.available(device), memory.measure(device)
     assert budget.allowed(None, device) == pytest.approx(0.8 * free + held, rel=0.1)

@@ -191,3 +191,26 @@ def test_it_takes_the_mode_of_its_base(training):
     frozen = base().train(training)
     layer = MicaLinear.from_base(frozen, subspace.minor_subspace(quant.dequantize(frozen), RANK), ALPHA, 0.5)
     assert layer.training is training and MicaLinear.lora(base().train(training), RANK, ALPHA).training is training
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", ["mica", "lora"])
+def test_under_autocast_it_computes_in_that_dtype(bits, method):
+    """As Trainer and TRL have it with bf16=True: an fp32 input, bf16 out, gradients in the parameters' own dtype."""
+    layer = adapted(bits) if method == "mica" else MicaLinear.lora(base(bits), RANK, ALPHA)
+    x = random(2, 5, 64, seed=1).requires_grad_()
+    plain = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        off = layer.base(x)
+    assert y.dtype == off.dtype == torch.bfloat16
+    error = ((y.float() - plain).norm() / plain.norm()).item()
+    assert error < 1e-2, f"{error:.1e}"  # measured: 3e-3
+    y.float().square().sum().backward()
+    assert x.grad.dtype == layer.A.grad.dtype == torch.float32
+
+
+def test_no_tokens_at_all():
+    layer, x = adapted(), torch.zeros(0, 64).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.shape == (0, 64) and not layer.A.grad.any()

@@ -243,9 +243,9 @@ def test_a_copy_reads_the_same_and_leaves_the_weight_alone(bits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", BITS)
 def test_a_weight_on_the_host_is_dequantized_on_its_device(bits):
-    linear = quant.quantize(torch.randn(64, 96), None, bits, CUDA)
-    expected = linear.rows(3, 17)
-    quant.keep_on_host(linear)
+    linear = quant.quantize(torch.randn(64, 96), None, bits, CPU)
+    expected = linear.rows(3, 17).to(CUDA)
+    quant.compute_on(linear, CUDA)
     assert not linear.weight.is_cuda and linear.device.type == "cuda"
     assert torch.equal(quant.Stored(linear).held().rows(3, 17), expected)
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from qmica import adapter, checkpointing, cli, loss, memory, model, progress, quant, runs, source, training
+from qmica import adapter, budget, checkpointing, cli, loss, memory, model, progress, quant, runs, source, training
 from qmica.errors import QmicaError
 from qmica.linear import MicaLinear
 
@@ -407,6 +407,32 @@ def test_torchs_own_failure_to_allocate_is_survived(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     parts = int(done.stdout.split()[-1])
     assert "memory ran out at step 1" in done.stdout and parts > 1, done.stdout
+
+
+# ---- ways to take less memory
+
+
+def test_stream_disk_changes_nothing_but_the_pages(flags, tmp_path, capsys):
+    """The whole job, as typed: the adapter is equal bit by bit, and what was done is said."""
+    plain = small_runs.train(flags, out=tmp_path / "plain", steps=2)
+    capsys.readouterr()
+    streamed = small_runs.train(flags, out=tmp_path / "streamed", steps=2, stream="disk")
+    assert "decoder layers on the disk, two layers at a time in memory" in capsys.readouterr().out
+    assert small_runs.result(streamed) == small_runs.result(plain)
+
+
+def test_a_resumed_run_is_computed_in_the_parts_it_began_with(flags, tmp_path, monkeypatch):
+    """Whatever is free now: sums of other parts differ in their last bits."""
+    flags = {**flags, "batch_size": 4, "save_every": 2, "steps": 4}
+    straight = small_runs.train(flags, out=tmp_path / "run")
+    again = copied(straight, tmp_path / "again")
+    checkpoint = again.last_checkpoint()
+    (small,) = {json.loads((checkpoint.folder / "state.json").read_text())["parts"]}
+    seen = []
+    choose = budget.choose
+    monkeypatch.setattr(budget, "choose", lambda *given: seen.append(given[-1]) or choose(*given))
+    small_runs.train(flags, resume=again.folder)
+    assert seen == [small] == [1] and small_runs.result(again) == small_runs.result(straight)
 
 
 # ---- replay
