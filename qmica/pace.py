@@ -106,6 +106,8 @@ WORK: dict[str, Callable[[Step], float]] = {
 
 # ---- the rates of this machine
 
+Clock = Callable[[], float]  # seconds
+
 
 @dataclass
 class _Bench:
@@ -176,23 +178,23 @@ class _Bench:
         return 2 * logits.nbytes, logits.sqrt_
 
 
-def calibrate(case: Case, seconds: float = SECONDS) -> dict[str, float]:
-    """Units of work a second, by kind, on this machine now: the median over some `seconds` in all."""
+def calibrate(case: Case, seconds: float = SECONDS, clock: Clock = time.perf_counter) -> dict[str, float]:
+    """Units of work a second, by kind, on this machine now: the median over some `seconds` of `clock` in all."""
     bench = _Bench(case)
-    return {kind: _rate(*getattr(bench, kind)(), seconds / len(WORK), case.device) for kind in WORK}
+    return {kind: _rate(*getattr(bench, kind)(), seconds / len(WORK), case.device, clock) for kind in WORK}
 
 
-def _rate(units: float, once: Callable, seconds: float, device: str) -> float:
+def _rate(units: float, once: Callable, seconds: float, device: str, clock: Clock) -> float:
     """Units a second: the median of at least three calls after one for first use."""
     waited = torch.cuda.synchronize if device == "cuda" else lambda: None
     once()
     waited()
-    taken, end = [], time.perf_counter() + seconds
-    while len(taken) < 3 or time.perf_counter() < end:
-        began = time.perf_counter()
+    taken, end = [], clock() + seconds
+    while len(taken) < 3 or clock() < end:
+        began = clock()
         once()
         waited()
-        taken.append(time.perf_counter() - began)
+        taken.append(clock() - began)
     return units / statistics.median(taken)
 
 
