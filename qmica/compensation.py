@@ -60,7 +60,8 @@ def compensated(
             added = stand_in(quant.dequantize(linear) - original, arguments[0].flatten(0, -2), COLUMNS)
             pairs[path] = _joined(factors.get(path), *(half.cpu() for half in added), alpha)
 
-        return linear.register_forward_pre_hook(meet)
+        # of the whole linear: one with an adapter does not call its base, it multiplies with its weight
+        return network.get_submodule(path).register_forward_pre_hook(meet)
 
     quantized = {name.removesuffix(".base"): part for name, part in network.named_modules() if quant.bits_of(part) < 16}
     hooks = [follow(path, part) for path, part in quantized.items() if f"{path}.weight" not in weights.packed]
