@@ -186,7 +186,7 @@ def child(name: str, holes: bool) -> dict:
             environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr}")
+        raise SystemExit(f"{name}: exit status {done.returncode}: {done.stderr}")
     found = json.loads(done.stdout.rsplit("FOUND", 1)[1])
     return found if holes else {**found, "planned": found["planned"] - found["parts"]["holes"]}
 
