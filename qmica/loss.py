@@ -178,7 +178,7 @@ def divergence(hidden: torch.Tensor, base: torch.Tensor, head: Head) -> torch.Te
         wanted = _log_chances_(head.logits(base[rows]))
         said = _log_chances_(logits)
         chances = wanted.exp()
-        value = torch.linalg.vecdot(chances, wanted.sub_(said)).sum()
+        value = torch.linalg.vecdot(chances, wanted.sub_(said)).sum().clamp_min(0)  # rounding: none is below
         return value, said.exp_().sub_(chances)
 
     return _ChunkedLoss.apply(hidden, head, of_chunk)
