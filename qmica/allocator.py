@@ -26,3 +26,10 @@ def give_back() -> None:
     """
     with contextlib.suppress(*_NOT_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def gives_back() -> bool:
+    """Whether `give_back` does anything here."""
+    with contextlib.suppress(*_NOT_GLIBC):
+        return ctypes.CDLL(None).malloc_trim is not None
+    return False

@@ -6,10 +6,12 @@ says that it saved. `measure` reads what the process holds now. On a CPU that is
 size counts mapped file pages too, which the kernel can drop at any time.
 
 A step has two peaks: the loss, with one chunk's logits, and the backward of the last layer, both on top of what the
-layers keep. On a CPU glibc holds more than that. torch asks for memory aligned to 64 bytes, and glibc (to 2.41 at
-least) fills such a request only from a hole that is 96 bytes larger: a tensor does not fit where one of its size has
-been. How large the holes grow is measured (scripts/check_plan.py), by two factors: for what layers keep, and for what
-comes and goes within a layer.
+layers keep. On a CPU glibc would hold up to twice that. torch asks for memory aligned to 64 bytes, and glibc (to 2.41
+at least) fills such a request only from a hole that is 96 bytes larger, so that a tensor does not fit where one of its
+size has been; SmolLM2 at 2 x 512 tokens held 2.3 GB for 1.5 GB of tensors and libraries, 4 x 512 with every layer
+computed again 1.37 GB for 0.70. So `held_below` returns the holes to the kernel whenever the process holds more than
+was planned: a few times a step, at some 3 % of its time, and the plan is what is held. `holes` is the room that is
+left to them; scripts/check_plan.py measures.
 
 What it gives up: tensors of 32 MB and more are taken to leave no holes, as `allocator.keep_freed` has them mapped; and
 what loading and subspaces take for a moment.
@@ -17,6 +19,7 @@ what loading and subspaces take for a moment.
 
 import functools
 import gc
+import mmap
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +40,8 @@ from qmica.weights import packed_bytes
 # fitted by scripts/check_plan.py on a CPU
 IMPORTS = 0.30e9  # bytes of the process with torch, transformers and bitsandbytes imported
 WORD = 1010  # bytes of the tokenizer a token of the vocabulary
-HOLES_KEPT, HOLES_PASSING = 1.6, 3.5  # what glibc holds for each byte that layers keep, and that comes and goes
+# room for holes: with less of it they are returned more often, which costs more than it saves
+HOLES_KEPT, HOLES_PASSING, HOLES = 0.1, 1.0, 50e6  # of what layers keep, of what comes and goes, and always
 
 
 # ---- what is planned
@@ -388,15 +392,13 @@ def _workspace(case: Case) -> float:
 
 
 def _holes(case: Case) -> float:
-    """What glibc holds beside the tensors; see the top of this file. Mapped tensors have no holes, but are not there
-    for the other peak either.
-    """
+    """What glibc may hold beside the tensors; see the top of this file."""
     if case.device != "cpu":
         return 0.0
     layers = [(size, mode) for mode in case.layer_modes for size in layer_tensors(case, mode).values()]
     kept = _small([size for size, _ in layers]) + _small(_ends(case).values())
     passing = max(_small(tensors(case).values()) for tensors in _PASSING)
-    return (HOLES_KEPT - 1) * kept + (HOLES_PASSING - 1) * passing
+    return HOLES_KEPT * kept + HOLES_PASSING * passing + HOLES
 
 
 _PASSING = (_loss_tensors, _backward_tensors)
@@ -455,13 +457,15 @@ def measure(device: torch.device) -> int:
     """Bytes held now: anonymous memory on a CPU, the allocator's peak on CUDA."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        rows = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return int(rows["RssAnon"].split()[0]) * 1024
+    if _STATM.exists():
+        _, resident, shared, *_ = _STATM.read_text().split()  # in pages; shared: those of files
+        return (int(resident) - int(shared)) * mmap.PAGESIZE
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+_STATM = Path("/proc/self/statm")  # RssAnon is in /proc/self/status too, which takes the kernel five times as long
 
 
 @contextmanager
@@ -487,6 +491,36 @@ def peak(device: torch.device) -> Iterator[Callable[[], int]]:
     finally:
         over.set()
         sampler.join()
+
+
+@contextmanager
+def held_below(limit: float, device: torch.device) -> Iterator[None]:
+    """Return to the kernel what malloc keeps of freed tensors whenever the process holds more than `limit` bytes. A
+    thread looks every 5 ms, in which 10 MB can be taken. Elsewhere than on a CPU and glibc nothing is done.
+    """
+    if device.type != "cpu" or not allocator.gives_back():
+        yield
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        left = (
+            0  # after it was returned last: where it is the tensors that are above the limit, once in a while is enough
+        )
+        while not over.wait(0.005):
+            now = measure(device)
+            left = min(left, now)
+            if now > max(limit, left + 0.04 * limit):
+                allocator.give_back()
+                left = measure(device)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def require_fit(plan: Plan, budget: int, device: torch.device, say: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ activations and adapters are bound by memory, and the head and attention have th
 What it gives up: replayed text is computed twice where it is held to the base, and counted once; streaming's transfers.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from qmica.checkpointing import CHECKPOINT, PLAIN
 from qmica.memory import Case
 
 SECONDS = 2.0  # of calibration, shared by all kinds
+COLD = 1 << 27  # bytes: more than a processor's cache
 MOST_TOKENS = 512  # in a calibration's tensors: a multiplication is as fast as it gets with these
 
 
@@ -62,7 +64,8 @@ def _dequantized(step: Step) -> float:
 
 def _elementwise_bytes(step: Step) -> float:
     """Bytes read and written by what is no multiplication: norms 16 numbers of the width a token forward, residuals 6,
-    rotations 10 of each query and key, activations 5 of the MLP; twice that backward; adapters read x and y again.
+    rotations 10 of each query and key, activations 5 of the MLP; three times that backward (torch's profiler); adapters
+    read x and y again, in products too thin to be fast.
     """
     case, size = step.case, step.case.compute.itemsize
     width, inner = case.config.hidden_size, case.config.intermediate_size
@@ -71,7 +74,7 @@ def _elementwise_bytes(step: Step) -> float:
     adapters = sum(3 * columns + 4 * out for name, (out, columns) in case.layer.items() if name in case.layer_adapted)
     again = len(case.layer_modes) - case.layer_modes.count(PLAIN)
     layers = len(case.layer_modes)
-    return case.rows.tokens * size * ((3 * layers + again) * forward + layers * adapters)
+    return case.rows.tokens * size * ((4 * layers + again) * forward + 2 * layers * adapters)
 
 
 def _attention_units(step: Step) -> float:
@@ -105,6 +108,8 @@ WORK: dict[str, Callable[[Step], float]] = {
 
 
 # ---- the rates of this machine
+
+Clock = Callable[[], float]  # seconds
 
 
 @dataclass
@@ -141,8 +146,11 @@ class _Bench:
         return weight.numel(), lambda: linear.dequantize(self.case.compute)
 
     def elementwise(self) -> tuple[float, Callable]:
-        x, y = (self.tensor(self.tokens, self.case.config.intermediate_size) for _ in range(2))
-        return 3 * x.nbytes, lambda: x * y
+        """On tensors that have left the cache, as those of a step have when they are needed again."""
+        shape = self.case.rows.tokens, self.case.config.intermediate_size
+        first = self.tensor(*shape)
+        ring = itertools.cycle([first, *(self.tensor(*shape) for _ in range(min(15, COLD // first.nbytes)))])
+        return 3 * first.nbytes, lambda: next(ring) * next(ring)
 
     def attention(self) -> tuple[float, Callable]:
         length, config = min(self.case.rows.length, 1024), self.case.config
@@ -176,23 +184,23 @@ class _Bench:
         return 2 * logits.nbytes, logits.sqrt_
 
 
-def calibrate(case: Case, seconds: float = SECONDS) -> dict[str, float]:
-    """Units of work a second, by kind, on this machine now: the median over some `seconds` in all."""
+def calibrate(case: Case, seconds: float = SECONDS, clock: Clock = time.perf_counter) -> dict[str, float]:
+    """Units of work a second, by kind, on this machine now: the median over some `seconds` of `clock` in all."""
     bench = _Bench(case)
-    return {kind: _rate(*getattr(bench, kind)(), seconds / len(WORK), case.device) for kind in WORK}
+    return {kind: _rate(*getattr(bench, kind)(), seconds / len(WORK), case.device, clock) for kind in WORK}
 
 
-def _rate(units: float, once: Callable, seconds: float, device: str) -> float:
+def _rate(units: float, once: Callable, seconds: float, device: str, clock: Clock) -> float:
     """Units a second: the median of at least three calls after one for first use."""
     waited = torch.cuda.synchronize if device == "cuda" else lambda: None
     once()
     waited()
-    taken, end = [], time.perf_counter() + seconds
-    while len(taken) < 3 or time.perf_counter() < end:
-        began = time.perf_counter()
+    taken, end = [], clock() + seconds
+    while len(taken) < 3 or clock() < end:
+        began = clock()
         once()
         waited()
-        taken.append(time.perf_counter() - began)
+        taken.append(clock() - began)
     return units / statistics.median(taken)
 
 

@@ -102,17 +102,19 @@ def train(
         _require_same(run, record)
         loop.restore(checkpoint)
         say(f"going on after step {loop.step}, from {checkpoint.folder}")
-    expected, exchanged = _tell(job, network, loop, empty.num_parameters(), say)
-    if resume is None and accelerator.is_main_process:
-        run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose
-    _start_tracker(accelerator, job, run)
-    began = time.perf_counter()
-    try:
-        loop.run()
-    finally:
-        for exchange in exchanged:
-            exchange.take()
-    _compare(choice.plan, loop.peak, expected, time.perf_counter() - began, say)
+    with memory.held_below(choice.plan.total, accelerator.device):
+        expected, exchanged = _tell(job, network, loop, empty.num_parameters(), say)
+        if resume is None and accelerator.is_main_process:
+            run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose
+        _start_tracker(accelerator, job, run)
+        began = time.perf_counter()
+        try:
+            loop.run()
+        finally:
+            for exchange in exchanged:
+                exchange.take()
+        took = time.perf_counter() - began
+    _compare(choice.plan, loop.peak, expected, took, say)
     if accelerator.is_main_process:
         adapter.save_adapter(network, run.adapter)
         tokens.save_pretrained(run.adapter)

@@ -6,9 +6,10 @@
 
 Memory: `memory.plan` before the run, and the most that the run's own `memory.peak` saw (RssAnon on a CPU, the
 allocator's peak on CUDA). Time: the last step, as the first one pays for first use, and what two calibrations right
-behind it give. The factors of qmica/memory.py (IMPORTS, WORD, HOLES_KEPT, HOLES_PASSING) come from the set FIT; CHECK
-tells how good they are, and its worst ratio is the exit status. --no-holes has glibc map every tensor: what is measured
-then is the plan without its part `holes`, and slow.
+behind it give; on a CPU in CPU-seconds, as other programs share its cores. The factors of qmica/memory.py (IMPORTS,
+WORD, HOLES_KEPT, HOLES_PASSING, HOLES) come from the set FIT; CHECK tells how good they are, and its worst ratio is the
+exit status. --no-holes has glibc map every tensor: what is measured then is the plan without its part `holes`, and
+slow.
 
 What it gives up: B is drawn at random (--components random), as singular vectors take longer than all the rest.
 """
@@ -76,6 +77,7 @@ def run_one(run: Run, folder: Path) -> dict:
     (folder / "data.txt").write_text(text(run))
     job = Job.from_flags(flags(run, folder))
     choices, times, held = [], [], []
+    clock = time.process_time if job.model.device == "cpu" else time.perf_counter
 
     def chosen(arguments: tuple, choice: budget.Choice, seconds: float) -> None:
         choices.append(choice)
@@ -84,10 +86,10 @@ def run_one(run: Run, folder: Path) -> dict:
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         allocator.keep_freed = lambda: None
     watch(training, "choose", chosen)
-    watch(training.Loop, "update", lambda arguments, result, seconds: times.append(seconds))
+    watch(training.Loop, "update", lambda arguments, result, seconds: times.append(seconds), clock)
     done: runs.Run = training.train(job.model, job.adapter, job.data, job.training)
     (choice,) = choices
-    rates = [pace.calibrate(choice.case) for _ in range(2)]
+    rates = [pace.calibrate(choice.case, clock=clock) for _ in range(2)]
     step = pace.Step(choice.case, choice.case.rows.tokens)
     seconds = choice.parts * statistics.mean(sum(pace.seconds(step, rate).values()) for rate in rates)
     end = [row["end"] for row in done.read_metrics() if "end" in row][-1]
@@ -103,20 +105,22 @@ def run_one(run: Run, folder: Path) -> dict:
     }
 
 
-def watch(owner, name: str, seen) -> None:
+def watch(owner, name: str, seen, clock=time.perf_counter) -> None:
     """Have seen(arguments, result, seconds) called after each call of owner.name."""
     function = getattr(owner, name)
 
     def watched(*arguments):
-        began = time.perf_counter()
+        began = clock()
         result = function(*arguments)
-        seen(arguments, result, time.perf_counter() - began)
+        seen(arguments, result, clock() - began)
         return result
 
     setattr(owner, name, watched)
 
 
 def flags(run: Run, folder: Path) -> dict:
+    import torch
+
     count, length = run.rows
     common = {
         "model": str(folder / "model"),
@@ -126,7 +130,7 @@ def flags(run: Run, folder: Path) -> dict:
         "max_seq_length": length,
         "batch_size": count,
         "steps": STEPS,
-        "device": "auto",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     return {**common, **run.flags}
 
@@ -182,7 +186,7 @@ def child(name: str, holes: bool) -> dict:
             environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr}")
+        raise SystemExit(f"{name}: exit status {done.returncode}: {done.stderr}")
     found = json.loads(done.stdout.rsplit("FOUND", 1)[1])
     return found if holes else {**found, "planned": found["planned"] - found["parts"]["holes"]}
 

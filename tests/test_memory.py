@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from qmica import adapter, checkpointing, loss, memory, model, quant
+from qmica import adapter, allocator, checkpointing, loss, memory, model, quant
 from qmica.config import AdapterConfig, TrainingConfig
 from qmica.errors import QmicaError
 
@@ -330,3 +330,36 @@ def test_the_peak_is_what_was_held_in_between():
         after = memory.measure(CPU)
     assert after - before < 20e6, "it was not given back: the test says nothing"
     assert 190e6 < peak() - before < 300e6, f"{(peak() - before) / 1e6:.0f} MB"
+
+
+KEPT = """
+import json, time, torch
+from qmica import allocator, memory
+cpu = torch.device("cpu")
+allocator.keep_freed()
+before = memory.measure(cpu)
+held = [torch.full((1_000_000,), float(i)) for i in range(100)]  # 4 MB each: of malloc's heap
+some = held[::10]
+del held
+found = {"freed": memory.measure(cpu) - before}
+for name, limit in (("above", 500e6), ("below", 100e6)):
+    with memory.held_below(before + limit, cpu):
+        time.sleep(0.2)
+    found[name] = memory.measure(cpu) - before
+with memory.held_below(before, cpu):  # less than the tensors that live: nothing can be done, and nothing breaks
+    time.sleep(0.2)
+found["alive"] = all(bool((part == 10.0 * i).all()) for i, part in enumerate(some))
+print(json.dumps(found))
+"""
+
+
+@needs_proc
+@pytest.mark.skipif(not allocator.gives_back(), reason="malloc is not glibc's")
+def test_what_malloc_keeps_is_returned_above_the_limit_only():
+    said = subprocess.run([sys.executable, "-c", KEPT], check=True, capture_output=True, text=True).stdout
+    found = json.loads(said)
+    print(found)
+    assert found["freed"] > 380e6, "malloc keeps nothing: the test says nothing"
+    assert found["above"] > 380e6
+    assert 35e6 < found["below"] < 60e6, "ten tensors of 4 MB live"
+    assert found["alive"]

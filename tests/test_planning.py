@@ -88,8 +88,8 @@ def test_an_export_is_as_large_as_planned(tmp_path, kind):
     assert abs(written - planned) < 40_000
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_cache_is_as_large_as_the_tensors_that_are_held(flags, bits):
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_weights_are_as_large_as_the_tensors_that_are_held(flags, bits):
     planned = qmica.plan(**{**flags, "bits": bits})
     held = model.load(source.resolve(flags["model"]), bits, "fp32", "cpu")
     linears = [module for module in held.modules() if quant.is_linear(module)]
@@ -100,9 +100,11 @@ def test_the_cache_is_as_large_as_the_tensors_that_are_held(flags, bits):
     )
     half = {id(module.weight): module.weight for module in linears if module.weight.dtype == torch.bfloat16}
     expected = packed + sum(part.nbytes for part in {**tensors, **half}.values())
-    print(f"{bits} bits: planned {planned['disk']['quantized cache']:,}, held {expected:,}")
+    weights = planned["memory"]["parts"]["weights"] + planned["memory"]["mapped"]
+    print(f"{bits} bits: planned {weights:,}, held {expected:,}")
     # NF4's code tables, 16 and 256 numbers of each linear, are shared by all of them in a plan
-    assert planned["disk"]["quantized cache"] == pytest.approx(expected, abs=len(linears) * 1100 if bits == 4 else 0)
+    assert weights == pytest.approx(expected, abs=len(linears) * 1100 if bits == 4 else 0)
+    assert planned["disk"]["quantized cache"] == (0 if bits == 16 else weights), "16 bits need none"
 
 
 # ---- memory
