@@ -127,17 +127,16 @@ class _Bench:
 
     def linears(self) -> tuple[float, Callable]:
         shapes = list(self.case.layer.values())
-        rows = quant.PIECE
-        pairs = [(self.tensor(min(out, max(1, rows // columns)), columns), out) for out, columns in shapes]
+        weights = [self.tensor(quant.piece_rows(out, columns), columns) for out, columns in shapes]
         inputs = {columns: self.tensor(self.tokens, columns) for _, columns in shapes}
-        outputs = {len(weight): self.tensor(self.tokens, len(weight)) for weight, _ in pairs}
+        outputs = {len(weight): self.tensor(self.tokens, len(weight)) for weight in weights}
 
         def once() -> None:
-            for weight, _ in pairs:
+            for weight in weights:
                 torch.mm(inputs[weight.shape[1]], weight.T)
                 torch.mm(outputs[len(weight)], weight)
 
-        return 4 * self.tokens * sum(weight.numel() for weight, _ in pairs), once
+        return 4 * self.tokens * sum(weight.numel() for weight in weights), once
 
     def dequantizing(self) -> tuple[float, Callable]:
         out, columns = max(self.case.layer.values(), key=lambda shape: shape[0] * shape[1])
@@ -168,7 +167,7 @@ class _Bench:
 
     def head(self) -> tuple[float, Callable]:
         config = self.case.config
-        rows = min(config.vocab_size, max(1, quant.PIECE // config.hidden_size))
+        rows = quant.piece_rows(config.vocab_size, config.hidden_size)
         count = min(self.tokens, loss.chunk_tokens(config.vocab_size))
         weight, hidden = self.tensor(rows, config.hidden_size), self.tensor(count, config.hidden_size)
         logits = self.tensor(count, rows)

@@ -8,14 +8,15 @@ the machine's own matrix rate.
     python scripts/bench_train.py --model FOLDER --batch-size 1 --length 256 --steps 2    # alone: any model
     python scripts/bench_train.py --against peft --model FOLDER --batch-size 8 --length 2048 --device cuda
 
-How: each side runs in child processes of its own, in alternating pairs (ours first, theirs first, ...): load, attach,
-one step to warm up, then the steps that count, on the same token ids in the same batches, with no padding and no
-dropout. Both train rank 16 on all linears beside NF4 weights with double quantization and torch's AdamW (CUDA: paged
-8-bit), attend by sdpa and compute in the same dtype. qmica's side is the loop of `qmica train`; PEFT's is what its
-documentation gives for 4 bits (prepare_model_for_kbit_training, get_peft_model, non-reentrant checkpointing) and the
-model's own loss. Memory is the peak of anonymous memory less what it was after the imports (sampled every 5 ms); on
-CUDA the allocator's peak. FLOPs are counted as 2 a weight and token for each pass that the setting calls for: forward,
-backward, and with checkpointing the forward again; adapters, attention and dequantizing are not counted.
+How: each side is a process of its own: load, attach, one step to warm up. Then they step in turn (ours first, theirs
+first, ...), the other one waiting, so that a machine that slows down slows both; ratios are medians over the pairs of
+steps. The token ids and batches are the same, with no padding and no dropout. Both train rank 16 on all linears beside
+NF4 weights with double quantization and torch's AdamW (CUDA: paged 8-bit), attend by sdpa and compute in the same
+dtype. qmica's side is the loop of `qmica train`; PEFT's is what its documentation gives for 4 bits
+(prepare_model_for_kbit_training, get_peft_model, non-reentrant checkpointing) and the model's own loss. Memory is the
+peak of anonymous memory less what it was after the imports (sampled every 5 ms); on CUDA the allocator's peak. FLOPs
+are counted as 2 a weight and token for each pass that the setting calls for: forward, backward, and with checkpointing
+the forward again; adapters, attention and dequantizing are not counted.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is there: DESIGN's rule for benchmarks
@@ -48,7 +49,9 @@ TALL = Console(width=200)
 def main() -> None:
     options = _options()
     if options.child:
-        print(json.dumps(CHILDREN[options.child](options)))
+        for row in CHILDREN[options.child](options):
+            print(json.dumps(row), flush=True)
+            sys.stdin.readline()
         return
     with tempfile.TemporaryDirectory() as folder:
         compare(options, Path(folder))
@@ -63,7 +66,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5, help="that count, behind one that does not")
-    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--components", default="minor", help="random: a 7B's minor subspaces take minutes on a CPU")
     parser.add_argument("--memory", help="qmica's own choice within this, in place of checkpointing all or nothing")
@@ -77,33 +79,68 @@ def _options() -> argparse.Namespace:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
-    """Run the sides alternately, print a row for each and the ratios."""
+    """Have the sides step in turn, print a row for each and the ratios."""
     sides = ["qmica"] + ([options.against] if options.against else [])
     arguments = sys.argv[1:]
     if options.against == "peft":
         arguments += ["--model", str(_as_folder(options.model, folder))]
-    found: dict[str, list[dict]] = {side: [] for side in sides}
-    for pair in range(options.pairs):
-        for side in sides if pair % 2 == 0 else reversed(sides):
-            command = [sys.executable, __file__, *arguments, "--child", side]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
-    checkpointing = "on" if options.grad_checkpoint else "off"
+    children = {side: _Child([sys.executable, __file__, *arguments, "--child", side]) for side in sides}
+    for turn in range(options.steps):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            children[side].step()
+    for child in children.values():
+        child.end()
+    checkpointing = f"--memory {options.memory}" if options.memory else "on" if options.grad_checkpoint else "off"
     TALL.print(
         f"{options.model}, {options.bits} bits, rank {options.rank}, {options.batch_size} x {options.length} tokens, "
-        f"checkpointing {checkpointing}, {options.device}; {options.pairs} runs of {options.steps} steps each, torch "
+        f"checkpointing {checkpointing}, {options.device}; {options.steps} steps of each in turn, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads"
     )
-    TALL.print(_table(found))
-    TALL.print(f"qmica: {found['qmica'][0]['how']}")
+    TALL.print(_table(options, children))
+    TALL.print(f"qmica: {children['qmica'].first['how']}")
     if options.against:
-        ours, theirs = (_summary(found[side]) for side in sides)
+        ours, theirs = (children[side] for side in sides)
+        speed, cpu = (_ratio(theirs.column(name), ours.column(name)) for name in ("seconds", "cpu"))
+        held = ours.steps[-1]["peak"] / theirs.steps[-1]["peak"]
         TALL.print(
-            f"qmica / {options.against}: tokens/s x {ours['speed'] / theirs['speed']:.2f}, CPU seconds x "
-            f"{ours['cpu'] / theirs['cpu']:.2f}, memory x {ours['memory'] / theirs['memory']:.2f}"
+            f"qmica / {options.against}: tokens/s x {speed:.2f}, CPU seconds x {1 / cpu:.2f}, memory x {held:.2f}"
         )
+
+
+class _Child:
+    """A side's process, up to the end of its first step; it does nothing until it is asked for the next one."""
+
+    def __init__(self, command: list[str]):
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the child)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        self.first = self._read()
+        self.steps: list[dict] = []
+
+    def step(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.steps.append(self._read())
+
+    def end(self) -> None:
+        self.process.communicate("\n")
+
+    def column(self, name: str) -> list[float]:
+        return [step[name] for step in self.steps]
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            raise SystemExit(self.errors.read())
+        return json.loads(line)
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    """The median ratio of what was measured in turn."""
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
 def _as_folder(name: str, folder: Path) -> Path:
@@ -120,35 +157,20 @@ def _as_folder(name: str, folder: Path) -> Path:
     return place
 
 
-def _summary(runs: list[dict]) -> dict[str, float]:
-    """Medians over all steps of all runs; the highest memory."""
-    rates = [run["rate"] for run in runs]
-    seconds = list(chain.from_iterable(run["seconds"] for run in runs))
-    speed = runs[0]["tokens"] / statistics.median(seconds)
-    return {
-        "speed": speed,
-        "slowest": runs[0]["tokens"] / max(seconds),
-        "fastest": runs[0]["tokens"] / min(seconds),
-        "cpu": statistics.median(chain.from_iterable(run["cpu"] for run in runs)),
-        "memory": statistics.median(run["peak"] for run in runs),
-        "share": speed * runs[0]["flops"] / statistics.median(rates),
-        "rate": statistics.median(rates),
-    }
-
-
-def _table(found: dict[str, list[dict]]) -> Table:
+def _table(options: argparse.Namespace, children: dict[str, _Child]) -> Table:
     table = Table("", "tokens/s (range)", "CPU s a step", "peak memory", "losses", "matrix rate used", "of")
-    for side, runs in found.items():
-        is_ = _summary(runs)
-        losses = runs[0]["losses"]
+    tokens = options.batch_size * options.length
+    for side, child in children.items():
+        seconds, rate = child.column("seconds"), statistics.median(child.column("rate"))
+        speed = tokens / statistics.median(seconds)
         table.add_row(
             side,
-            f"{is_['speed']:.0f} ({is_['slowest']:.0f}-{is_['fastest']:.0f})",
-            f"{is_['cpu']:.2f}",
-            durable.size_text(is_["memory"]),
-            f"{losses[0]:.4f} ... {losses[-1]:.4f}",
-            f"{is_['share']:.0%}",
-            f"{is_['rate'] / 1e9:.0f} GFLOP/s",
+            f"{speed:.0f} ({tokens / max(seconds):.0f}-{tokens / min(seconds):.0f})",
+            f"{statistics.median(child.column('cpu')):.2f}",
+            durable.size_text(child.steps[-1]["peak"]),
+            f"{child.first['loss']:.4f} ... {child.steps[-1]['loss']:.4f}",
+            f"{speed * child.first['flops'] / rate:.0%}",
+            f"{rate / 1e9:.0f} GFLOP/s",
         )
     return table
 
@@ -156,7 +178,7 @@ def _table(found: dict[str, list[dict]]) -> Table:
 # ---- the children
 
 
-def run_qmica(options: argparse.Namespace, method: str = "mica") -> dict:
+def run_qmica(options: argparse.Namespace, method: str = "mica") -> Iterator[dict]:
     """Steps of the loop of `qmica train`."""
     before = _start(options.device)
     allocator.keep_freed()
@@ -172,15 +194,17 @@ def run_qmica(options: argparse.Namespace, method: str = "mica") -> dict:
         network = training.load_network(job, found, choice.modes, accelerator.device, say, None)
         loop = training.Loop(job, None, network, prepared, accelerator, choice.parts)
         network.train()
-        return _measured(options, network, lambda: loop.update()["loss"], peak, before) | {"how": str(choice)}
+        with memory.held_below(choice.plan.total, accelerator.device):
+            yield from _measured(options, network, lambda: loop.update()["loss"], peak, before, str(choice))
 
 
-def run_lora(options: argparse.Namespace) -> dict:
+def run_lora(options: argparse.Namespace) -> Iterator[dict]:
     return run_qmica(options, "lora")
 
 
-def run_peft(options: argparse.Namespace) -> dict:
+def run_peft(options: argparse.Namespace) -> Iterator[dict]:
     """Steps of LoRA by PEFT beside bitsandbytes' 4-bit linears, as PEFT's guide to quantization has it."""
+    import torch._dynamo  # part of PEFT's imports: bitsandbytes asks for it, unless qmica was there first
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -221,7 +245,7 @@ def run_peft(options: argparse.Namespace) -> dict:
             optimizer.zero_grad(set_to_none=True)
             return loss.item()
 
-        return _measured(options, network, step, peak, before)
+        yield from _measured(options, network, step, peak, before, "")
 
 
 def _job(options: argparse.Namespace, method: str) -> Job:
@@ -262,26 +286,20 @@ def _examples(options: argparse.Namespace, found: source.Source, vocabulary: int
     return read.select(np.isin(np.arange(len(read)), whole))
 
 
-def _measured(options: argparse.Namespace, network: torch.nn.Module, step, peak, before: int) -> dict:
-    """Run the steps; what they took, and what a matrix product takes right after them."""
-    seconds, cpu, losses = [], [], []
-    for _ in range(WARM_UP + options.steps):
+def _measured(
+    options: argparse.Namespace, network: torch.nn.Module, step, peak, before: int, how: str
+) -> Iterator[dict]:
+    """A row for each step, the first one to warm up: what it took, and what a matrix product takes right after it."""
+    cpu = options.device == "cpu"
+    for number in range(WARM_UP + options.steps):
         began, used = time.perf_counter(), time.process_time()
-        losses.append(step())
-        if options.device != "cpu":
+        loss = step()
+        if not cpu:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-        cpu.append(time.process_time() - used)
-    tokens = options.batch_size * options.length
-    return {
-        "seconds": seconds[WARM_UP:],
-        "cpu": cpu[WARM_UP:],
-        "losses": losses,
-        "peak": peak() - (before if options.device == "cpu" else 0),
-        "tokens": tokens,
-        "flops": _flops(network.config, options),
-        "rate": _matrix_rate(network.config, options),
-    }
+        row = {"loss": loss, "seconds": time.perf_counter() - began, "cpu": time.process_time() - used}
+        if number == 0:
+            row |= {"how": how, "flops": _flops(network.config, options)}
+        yield row | {"peak": peak() - (before if cpu else 0), "rate": _matrix_rate(network.config, options)}
 
 
 def _flops(config, options: argparse.Namespace) -> float:
@@ -296,14 +314,14 @@ def _flops(config, options: argparse.Namespace) -> float:
 
 def _matrix_rate(config, options: argparse.Namespace) -> float:
     """FLOPs a second of the batch times a matrix of the feed-forward's shape, in the dtype of the run: the median of
-    as many as take about a second.
+    as many as take a third of a second.
     """
     device = torch.device(options.device)
     dtype = model.choose_dtype("auto", device)
     x = torch.randn(options.batch_size * options.length, config.hidden_size, device=device, dtype=dtype)
     w = torch.randn(config.intermediate_size, config.hidden_size, device=device, dtype=dtype)
     y = torch.empty(len(x), len(w), device=device, dtype=dtype)
-    took, until = [], time.perf_counter() + 1
+    took, until = [], time.perf_counter() + 0.3
     while time.perf_counter() < until or len(took) < 3:
         began = time.perf_counter()
         torch.mm(x, w.T, out=y)
