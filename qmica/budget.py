@@ -1,7 +1,7 @@
 """What a run keeps and what it computes again, chosen for the memory that it may take.
 
 How: two levers, which give the same sums (but for dropout, whose noise is drawn part by part). A decoder layer may keep
-all that its backward needs, the products of its linears, or its input alone (`checkpointing`); a batch may be computed
+all that its backward needs, its products, or its input alone (`checkpointing`); a batch may be computed
 in parts, whose gradients are added; and all of it is counted by `memory.plan`. For each number of parts the layers give
 up as little as fits, products before inputs, as computing norms and activations again costs a tenth of multiplying
 again; of those ways to fit, the one that takes least time is chosen (`pace`, measured for two seconds on this machine,
@@ -49,7 +49,7 @@ class Choice:
 
 _WORDS = {
     PLAIN: "keep their activations",
-    PRODUCTS: "keep the products of their linears",
+    PRODUCTS: "keep the products of their linears and attention",
     CHECKPOINT: "are computed again in the backward",
 }
 

@@ -301,16 +301,17 @@ def _adapter_tensors(case: Case) -> dict[str, float]:
 
 
 def _products(case: Case) -> dict[str, float]:
-    """The layer's input and its linears' outputs; the last one's is not needed."""
-    tokens, size = case.rows.tokens, case.compute.itemsize
+    """The layer's input, what attention gives, and its linears' outputs; the last one's is not needed."""
+    tokens, size, plain = case.rows.tokens, case.compute.itemsize, _plain(case)
     outputs = {f"y of {name}": tokens * out * size for name, (out, _) in case.layer.items() if name != "down_proj"}
-    return _checkpoint(case) | outputs
+    return _checkpoint(case) | {name: plain[name] for name in _OF_ATTENTION} | outputs
 
 
 def _checkpoint(case: Case) -> dict[str, float]:
     return {"input": case.rows.tokens * case.config.hidden_size * case.compute.itemsize}
 
 
+_OF_ATTENTION = ("attention", "sums of attention")
 _KEPT = {PLAIN: _plain, PRODUCTS: _products, CHECKPOINT: _checkpoint}
 
 
@@ -354,7 +355,7 @@ def _loss_tensors(case: Case) -> dict[str, float]:
         "logits before their cap": 4 * logits if getattr(case.config, "final_logit_softcapping", None) else 0,
         "logits in the compute dtype": size * logits if size < 4 else 0,
         "labelled hidden states": tokens * case.config.hidden_size * size,
-        "piece of the head": _piece(case, vocabulary * case.config.hidden_size),
+        "piece of the head": _piece(case, vocabulary, case.config.hidden_size),
     }
 
 
@@ -370,16 +371,17 @@ def _backward_tensors(case: Case) -> dict[str, float]:
         **again,
         "gradients of the hidden states": 3 * tokens * width * size,
         "gradients of product, silu, up": 3 * tokens * inner * size,
-        "piece of a weight": _piece(case, max(out * columns for out, columns in case.layer.values())),
+        "piece of a weight": max(_piece(case, *shape) for shape in case.layer.values()),
     }
 
 
-_ON_TAPE = {PRODUCTS: ("gate", "up", "v"), CHECKPOINT: ()}
+_ON_TAPE = {PRODUCTS: ("gate", "up", "v", *_OF_ATTENTION), CHECKPOINT: ()}
 
 
-def _piece(case: Case, numbers: int) -> float:
-    """A weight as it is multiplied: on a CPU at most quant.PIECE of its numbers at once."""
-    return (min(numbers, quant.PIECE) if case.device == "cpu" else numbers) * case.compute.itemsize
+def _piece(case: Case, out: int, columns: int) -> float:
+    """As much of a weight as is multiplied with at once."""
+    rows = quant.piece_rows(out, columns) if case.device == "cpu" else out
+    return rows * columns * case.compute.itemsize
 
 
 def _loss(case: Case) -> float:
@@ -504,9 +506,7 @@ def held_below(limit: float, device: torch.device) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        left = (
-            0  # after it was returned last: where it is the tensors that are above the limit, once in a while is enough
-        )
+        left = 0  # after holes were returned last; where tensors are above the limit, returning again has to pay
         while not over.wait(0.005):
             now = measure(device)
             left = min(left, now)

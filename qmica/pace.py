@@ -80,7 +80,7 @@ def _elementwise_bytes(step: Step) -> float:
 def _attention_units(step: Step) -> float:
     """Passes (forward, backward as 2) times rows x length² x numbers of all heads."""
     case = step.case
-    again = len(case.layer_modes) - case.layer_modes.count(PLAIN)
+    again = case.layer_modes.count(CHECKPOINT)
     queries = case.layer["o_proj"][1] if "o_proj" in case.layer else case.config.hidden_size
     return (3 * len(case.layer_modes) + again) * case.rows.count * case.rows.length**2 * queries
 

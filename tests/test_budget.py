@@ -104,7 +104,7 @@ def test_a_mixture_is_told(case):
     modes = ("checkpoint",) * 2 + ("products",) * 10
     said = str(budget.Choice(memory.Case(**{**vars_of(case), "modes": modes}), 2, memory.Plan(), True))
     assert said == (
-        "10 layers keep the products of their linears, 2 layers are computed again in the backward; "
+        "10 layers keep the products of their linears and attention, 2 layers are computed again in the backward; "
         "a batch is computed in 2 parts"
     )
 

@@ -91,6 +91,29 @@ def test_what_is_multiplied_again():
     assert [step(model, [mode] * 2)[2] - head - once for mode in checkpointing.MODES] == [0, 0, 2 * 6]
 
 
+class Attentions(TorchDispatchMode):
+    """Counts the runs of attention's kernel, forwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), named=None):
+        self.count += function == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return function(*args, **(named or {}))
+
+
+def test_attention_is_computed_again_where_an_input_alone_is_kept():
+    model = adapted()
+    loss.Head.of(model)
+    counts = []
+    for mode in checkpointing.MODES:
+        with Attentions() as attentions:
+            step(model, [mode] * 2)
+        counts.append(attentions.count)
+    assert counts == [2, 2, 4]
+
+
 def storages(tree):
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -132,7 +155,8 @@ def kept(model, mode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_kept(kind):
-    """The table at the head of the module: a layer's input; the outputs of all its linears but the last besides; all.
+    """The table at the head of the module: a layer's input; the outputs of attention and of all linears but the last
+    besides; all.
 
     Counted from the tensors that are alive after a forward.
     """
@@ -146,6 +170,7 @@ def test_what_is_kept(kind):
     found = {mode: kept(lambda layers: adapted(kind, layers=layers), mode) for mode in checkpointing.MODES}
     assert found["checkpoint"] == pytest.approx(width, rel=0.02), found
     outputs = rotated + 2 * once + width + 2 * inner
-    assert found["products"] == pytest.approx(width + outputs, rel=0.02), found
+    attention = rotated + config.num_attention_heads
+    assert found["products"] == pytest.approx(width + outputs + attention, rel=0.02), found
     # input and output of both norms, rotated q and k, v, attention's output, gate, silu(gate), up and their product
     assert found["plain"] == pytest.approx(4 * width + 2 * rotated + 2 * once + 4 * inner, rel=0.05), found

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from qmica import adapter, allocator, checkpointing, loss, memory, model, quant
@@ -155,8 +156,8 @@ def test_the_plan_is_what_is_taken_where_malloc_leaves_no_holes(measured, bits, 
     estimate = sum(size for name, size in parts.items() if name not in beside)
     taken = measured[bits, mode]["whole"]
     print(f"{bits} bits, {mode}: planned {mega(estimate)}, taken {mega(taken)}, {estimate / taken:.2f}")
-    # a process' own small change is 2 MB
-    assert estimate == pytest.approx(taken, rel=0.12, abs=3e6), f"planned {mega(estimate)}, taken {mega(taken)}"
+    # a process' own small change is 2 MB; tensors of a layer that are gone before its last ones come are planned: 3 MB
+    assert estimate == pytest.approx(taken, rel=0.12, abs=4e6), f"planned {mega(estimate)}, taken {mega(taken)}"
 
 
 # ---- what a layer keeps, against autograd
@@ -190,8 +191,9 @@ def saved_bytes(monkeypatch, config, layers, options, mode, rows, dtype, bits) -
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         states = loss.hidden_states(network, ids, positions)
     for tape in tapes:
-        for value, _ in tape.kept:
-            keep(value)
+        for leaf in tree_leaves([value for value, _ in tape.kept]):
+            if isinstance(leaf, torch.Tensor):
+                keep(leaf)
     assert states.requires_grad
     return sum(storage.nbytes() for storage in seen.values())
 
