@@ -26,14 +26,22 @@ OF_WHAT_IS_FREE = 0.8  # other programs, and what the plan does not see, keep a 
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to compute a batch. parts: how many it is cut into; case: that of one part; fits: whether it is within the
-    budget, or only the least there is.
-    """
+    """A way to compute a batch. parts: how many it is cut into; case: that of one part; budget: bytes it may hold."""
 
     case: Case
     parts: int
     plan: Plan
-    fits: bool
+    budget: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is within the budget, or only the least there is."""
+        return self.plan.total <= self.budget
+
+    @property
+    def limit(self) -> float:
+        """Bytes above which malloc's holes go back to the kernel."""
+        return max(self.budget, self.plan.total)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -94,7 +102,7 @@ def _fitting(case: Case, parts: int, budget: float, forced: bool | None) -> Choi
         plan = memory.plan(way)
         if plan.total <= budget:
             break
-    return Choice(way, parts, plan, plan.total <= budget)
+    return Choice(way, parts, plan, budget)
 
 
 def _ladder(case: Case, forced: bool | None) -> list[tuple[str, ...]]:

@@ -102,7 +102,7 @@ def train(
         _require_same(run, record)
         loop.restore(checkpoint)
         say(f"going on after step {loop.step}, from {checkpoint.folder}")
-    with memory.held_below(choice.plan.total, accelerator.device):
+    with memory.held_below(choice.limit, accelerator.device):
         expected, exchanged = _tell(job, network, loop, empty.num_parameters(), say)
         if resume is None and accelerator.is_main_process:
             run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose

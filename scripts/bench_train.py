@@ -194,7 +194,7 @@ def run_qmica(options: argparse.Namespace, method: str = "mica") -> Iterator[dic
         network = training.load_network(job, found, choice.modes, accelerator.device, say, None)
         loop = training.Loop(job, None, network, prepared, accelerator, choice.parts)
         network.train()
-        with memory.held_below(choice.plan.total, accelerator.device):
+        with memory.held_below(choice.limit, accelerator.device):
             yield from _measured(options, network, lambda: loop.update()["loss"], peak, before, str(choice))
 
 

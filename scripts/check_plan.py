@@ -7,7 +7,7 @@
 Memory: `memory.plan` before the run, and the most that the run's own `memory.peak` saw (RssAnon on a CPU, the
 allocator's peak on CUDA). Time: the last step, as the first one pays for first use, and what two calibrations right
 behind it give; on a CPU in CPU-seconds, as other programs share its cores. The factors of qmica/memory.py (IMPORTS,
-WORD, HOLES_KEPT, HOLES_PASSING, HOLES) come from the set FIT; CHECK tells how good they are, and its worst ratio is the
+WORD, HOLES_KEPT, HOLES_PASSING) come from the set FIT; CHECK tells how good they are, and its worst ratio is the
 exit status. --no-holes has glibc map every tensor: what is measured then is the plan without its part `holes`, and
 slow.
 

@@ -102,7 +102,7 @@ def test_grad_checkpoint_leaves_the_parts_to_choose(case, forced, mode):
 
 def test_a_mixture_is_told(case):
     modes = ("checkpoint",) * 2 + ("products",) * 10
-    said = str(budget.Choice(memory.Case(**{**vars_of(case), "modes": modes}), 2, memory.Plan(), True))
+    said = str(budget.Choice(memory.Case(**{**vars_of(case), "modes": modes}), 2, memory.Plan(), 1e9))
     assert said == (
         "10 layers keep the products of their linears and attention, 2 layers are computed again in the backward; "
         "a batch is computed in 2 parts"
