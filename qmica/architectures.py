@@ -2,31 +2,36 @@
 
 Every row is read in both directions: `for_config(config)` for writing a GGUF, `for_gguf(name)` for reading one. A
 config is built from a GGUF's own metadata and tensor shapes, never by transformers' reader, which drops llama3 rope
-scaling and explicit head sizes. What a row cannot express (another rope type, a sliding window, experts) is refused
+scaling and explicit head sizes. What a row cannot express (another rope type, other layers, experts) is refused
 by name, before anything is trained.
 
     arch = for_gguf("llama")
-    config = arch.hf_config(file.metadata, shapes, rope_freqs)       # the content of config.json
+    config = arch.hf_config(file.metadata, shapes, factors)          # the content of config.json
     arch.hf_name("blk.3.attn_q.weight")                              # model.layers.3.self_attn.q_proj.weight
     hf_rows = gguf_rows[np.argsort(arch.row_order(name, config))]    # undo llama.cpp's q/k permutation
+    hf_norm = gguf_norm - arch.offset(name)                          # Gemma's norms count from zero there
 
-Given up: models with experts, several tensors fused into one or one cut into several, and tensors whose values (not
-only their rows) change on the way; the rows for families that need those come with them.
+A new family is one row of ARCHITECTURES and one tiny model in tests/test_architectures.py: its tensors, the numbers of
+its config, and under `fixed` what llama.cpp's graph of it computes whatever the file says.
 
-Sources: llama.cpp conversion/base.py and conversion/llama.py (keys, permutation, rope_freqs), src/llama-model.cpp and
-src/llama-context.cpp (what a missing key means), transformers modeling_rope_utils.py (rope formulas).
+Given up: models with experts, and tensors that are cut into several on the way (phi3's fused ones stay fused on both
+sides).
+
+Sources: llama.cpp conversion/*.py (keys, permutation, offsets), src/models/*.cpp (what each graph has built in),
+src/llama-model.cpp (what a missing key means).
 """
 
-import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from gguf import GGUFValueType
 
+from qmica import rope
 from qmica.errors import QmicaError
+from qmica.rope import shortest_float
 
 REQUIRED = "required"  # as a default: the key must be there
 U32, F32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
@@ -36,7 +41,8 @@ U32, F32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
 class Hyperparameter:
     """One number: `{architecture}.{key}` in a GGUF, `attribute` in config.json; without it `default`.
 
-    A default naming another attribute means "the same as that one" (num_key_value_heads without grouped queries).
+    A default naming another attribute means "the same as that one" (num_key_value_heads without grouped queries); a
+    default of None that the number may be missing: 0 in the GGUF stands for it.
     """
 
     key: str
@@ -62,10 +68,17 @@ class Architecture:
     hf_class: str
     tensors: Mapping[str, str]  # HF stem -> GGUF stem, without .weight/.bias; {i} is the layer
     hyperparameters: tuple[Hyperparameter, ...]
-    biases: tuple[Biases, ...]
-    permuted: Mapping[str, str]  # linear whose rows llama.cpp reorders -> the attribute that counts its heads
-    rope_types: tuple[str, ...]
-    fixed: Mapping[str, Any]  # attributes that GGUF cannot say: the only value llama.cpp computes with
+    fixed: Mapping[str, Any]  # attributes that GGUF cannot say: the only value llama.cpp computes with, or its rule
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    biases: tuple[Biases, ...] = ()
+    permuted: Mapping[str, str] = field(
+        default_factory=dict
+    )  # linear whose rows llama.cpp reorders -> its heads' count
+    norm_offset: float = 0.0  # a norm's weight in the GGUF less that of Hugging Face
+    partial_rotary: bool = False  # whether a part of a head may stay as it is
+    local_rope: bool = False  # whether sliding-window layers rotate by a theta of their own, unscaled
+    full_every: int = 1  # the last of so many layers sees the whole text, the others a sliding window
+    windowless: bool = False  # llama.cpp computes no sliding window: the same up to its length, which the file says
 
     # -- names
 
@@ -112,20 +125,24 @@ class Architecture:
         heads, size = self._value(config, self.permuted[linear]), self.head_dim(config)
         return np.arange(heads * size).reshape(heads, 2, size // 2).transpose(0, 2, 1).reshape(-1)
 
+    def offset(self, hf_name: str) -> float:
+        """What the GGUF's values are above Hugging Face's: 1 for a norm of Gemma, which there multiplies by 1 + w."""
+        return self.norm_offset if hf_name.endswith("norm.weight") else 0.0
+
     # -- hyper-parameters, GGUF -> config.json
 
     def hf_config(
-        self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple], rope_freqs: np.ndarray | None = None
+        self, metadata: Mapping[str, Any], shapes: Mapping[str, tuple], factors: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, Any]:
         """The content of config.json (transformers 5) for a GGUF.
 
-        metadata: the GGUF's keys and values; shapes: GGUF tensor name -> shape, slowest dimension first;
-        rope_freqs: the data of `rope_freqs.weight` (head_dim / 2,), required when the file has that tensor.
+        metadata: the GGUF's keys and values; shapes: GGUF tensor name -> shape, slowest dimension first; factors: the
+        data of those of `factor_tensors` that the file has, each (dimensions that rotate / 2,).
         Raises QmicaError when the file holds something this family does not have, or lacks something it needs.
         """
         self._refuse_metadata(metadata)
         self._refuse_tensors(shapes)
-        config = {"architectures": [self.hf_class], "model_type": self.model_type, **self.fixed}
+        config = {"architectures": [self.hf_class], "model_type": self.model_type}
         for row in self.hyperparameters:
             value = self._read(row, metadata, shapes, config)
             if config.setdefault(row.attribute, value) != value:
@@ -137,9 +154,11 @@ class Architecture:
         for group in self.biases:
             if group.flag:
                 config[group.flag] = self._bias_flag(group, shapes)
-        config.update(special_token_ids(metadata))
-        config["rope_parameters"] = self._read_rope(metadata, shapes, rope_freqs, config)
-        self._require_tensors(config, shapes)
+        self._require_tensors(config, shapes)  # before anything is made for each layer: their number may be a lie
+        config = {**self._fixed(config), **config, **special_token_ids(metadata)}
+        self._refuse_pattern(metadata, config)
+        self._refuse_fixed(config)
+        config["rope_parameters"] = self._read_rope(metadata, factors or {}, config)
         return config
 
     def _read(self, row: Hyperparameter, metadata: Mapping, shapes: Mapping, config: Mapping) -> Any:
@@ -147,7 +166,7 @@ class Architecture:
         if row.attribute == "vocab_size":  # the key is missing in old files; the embedding has one row a token
             value = shapes["token_embd.weight"][0]
         elif row.attribute == "head_dim" and value is None:
-            value = shapes["blk.0.attn_q.weight"][0] // config["num_attention_heads"]
+            value = config["hidden_size"] // config["num_attention_heads"]
         if isinstance(value, list):
             if len(set(value)) > 1:
                 raise QmicaError(
@@ -157,6 +176,8 @@ class Architecture:
             value = value[0]
         if value is None and row.default == REQUIRED:
             raise QmicaError(f"the GGUF has no {self.name}.{row.key}: it is not complete; download it again")
+        if row.default is None and not value:
+            return None
         if value is None:
             value = config.get(row.default, row.default)
         number = shortest_float(value)
@@ -164,11 +185,30 @@ class Architecture:
             raise QmicaError(f"the GGUF has {self.name}.{row.key} = {value}: it is broken; download it again")
         return number if row.type == F32 else int(value)
 
+    def _fixed(self, config: Mapping) -> dict[str, Any]:
+        """The values of attributes that llama.cpp's graph has built in, for a model with this config."""
+        return {name: value(self, config) if callable(value) else value for name, value in self.fixed.items()}
+
+    def _layer_types(self, config: Mapping) -> list[str]:
+        layers = range(1, self._value(config, "num_hidden_layers") + 1)
+        return ["sliding_attention" if layer % self.full_every else "full_attention" for layer in layers]
+
+    def _refuse_pattern(self, metadata: Mapping, config: Mapping) -> None:
+        """A file may say which layers slide (as a number, or for each layer): only the family's own ones can."""
+        said = metadata.get(f"{self.name}.attention.sliding_window_pattern", self.full_every)
+        own = [kind == "sliding_attention" for kind in self._layer_types(config)]
+        if said not in (self.full_every, own):
+            raise QmicaError(
+                f"the GGUF has {self.name}.attention.sliding_window_pattern = {said!s:.40}: qmica's {self.name} models "
+                f"see the whole text in every layer of {self.full_every}; use another model"
+            )
+
     def _refuse_metadata(self, metadata: Mapping) -> None:
         if metadata.get(f"{self.name}.expert_count", 0):
             raise QmicaError(_experts(self.name))
-        for key, neutral in UNSUPPORTED_KEYS.items():
-            value = metadata.get(f"{self.name}.{key}")
+        own = {row.key for row in self.hyperparameters}
+        for key in UNSUPPORTED_KEYS.keys() - own:
+            value, neutral = metadata.get(f"{self.name}.{key}"), UNSUPPORTED_KEYS[key]
             if value is not None and value not in neutral:
                 raise QmicaError(
                     f"the GGUF sets {self.name}.{key} = {value}, which qmica's {self.name} models do not have; "
@@ -176,8 +216,7 @@ class Architecture:
                 )
 
     def _refuse_tensors(self, shapes: Mapping) -> None:
-        extra = EXTRA_TENSORS if "llama3" in self.rope_types else ()
-        unknown = [name for name in shapes if name not in extra and self.hf_name(name) is None]
+        unknown = [name for name in shapes if name not in self.factor_tensors and self.hf_name(name) is None]
         if any("_exps." in name or "ffn_gate_inp" in name for name in unknown):
             raise QmicaError(_experts(self.name))
         if unknown:
@@ -185,7 +224,7 @@ class Architecture:
                 f"the GGUF has tensors that a {self.name} model does not have: {', '.join(unknown[:3])}"
                 f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}; use another model"
             )
-        if "token_embd.weight" not in shapes or "blk.0.attn_q.weight" not in shapes:
+        if "token_embd.weight" not in shapes or "blk.0.attn_output.weight" not in shapes:
             raise QmicaError(
                 "the GGUF has no weights of a language model (token_embd, blk.0); is it a vocabulary only?"
             )
@@ -203,6 +242,11 @@ class Architecture:
         stems = [stem for stem in self.tensors if any(stem.endswith(f".{linear}") for linear in group.linears)]
         return any(self.tensors[stem].replace("{i}", "0") + ".bias" in shapes for stem in stems)
 
+    @property
+    def factor_tensors(self) -> tuple[str, ...]:
+        """GGUF tensors that are no weights of the model but numbers of its config: the factors of a rope type."""
+        return tuple(name for kind in self.rope_types for name in rope.SCALINGS[kind].names)
+
     # -- hyper-parameters, config.json -> GGUF
 
     def metadata(self, config: Any) -> list[tuple[str, GGUFValueType, Any]]:
@@ -212,39 +256,58 @@ class Architecture:
         """
         config = as_dict(config)
         self.check(config)
-        values = [(row.key, row.type, self._value(config, row.attribute)) for row in self.hyperparameters]
-        return [(f"{self.name}.{key}", kind, value) for key, kind, value in values + self._write_rope(config)]
+        values = [(row.key, row.type, self._written(config, row.attribute)) for row in self.hyperparameters]
+        rows, _ = rope.write(self._rope(config), self._frame(config))
+        if self.local_rope:
+            rows.append(("rope.freq_base_swa", F32, rope.parameters(config, "sliding_attention")["rope_theta"]))
+        return [(f"{self.name}.{key}", kind, value) for key, kind, value in values + rows]
+
+    def _written(self, config: Mapping, attribute: str) -> Any:
+        """A number as the GGUF says it: 0 for none, and a context no longer than a window that is not computed."""
+        value = self._value(config, attribute) or 0
+        window = config.get("sliding_window") if self.windowless else None
+        return min(value, window) if window and attribute == "max_position_embeddings" else value
 
     def extra_tensors(self, config: Any) -> dict[str, np.ndarray]:
-        """Tensors a GGUF has beyond the model's own: rope_freqs.weight (head_dim / 2,) float32 for llama3 scaling."""
+        """Tensors a GGUF has beyond the model's own: those of `factor_tensors` that its rope type has, float32."""
         config = as_dict(config)
-        rope = rope_parameters(config)
-        if rope["rope_type"] != "llama3":
-            return {}
-        return {"rope_freqs.weight": llama3_factors(rope, self.head_dim(config)).astype(np.float32)}
+        return rope.write(self._rope(config), self._frame(config))[1]
 
     def check(self, config: Any) -> None:
         """Raise QmicaError when the config asks for something this family's GGUF cannot express."""
         config = as_dict(config)
-        for attribute, value in self.fixed.items():
-            if config.get(attribute, value) not in (value, None):
-                raise QmicaError(
-                    f"this {self.model_type} model has {attribute} = {config[attribute]}, and a GGUF can only express "
-                    f"{value}; use another model"
-                )
-        if "sliding_attention" in (config.get("layer_types") or ()):
-            raise QmicaError(f"this {self.model_type} model has sliding-window layers, which its GGUF cannot express")
-        rope = rope_parameters(config)
-        if rope["rope_type"] not in self.rope_types:
-            raise QmicaError(_rope_refusal(self.model_type, rope["rope_type"], self.rope_types))
-        for name, value in FIXED_ROPE.items():
-            if rope.get(name) not in (value, None):
-                raise QmicaError(
-                    f"this {self.model_type} model has {name} = {rope[name]} in its rope parameters, and llama.cpp can "
-                    f"only compute {value}; use another model"
-                )
+        self._refuse_fixed(config)
+        types = config.get("layer_types")
+        if types and list(types) != self._layer_types(config):
+            raise QmicaError(
+                f"this {self.model_type} model has sliding-window layers other than its GGUF can express: llama.cpp "
+                f"sees the whole text in every layer of {self.full_every}; use another model"
+            )
+        self._refuse_rope(self._rope(config))
+        if self.local_rope:
+            self._refuse_rope(rope.parameters(config, "sliding_attention"), ("default",))
         for row in self.hyperparameters:
             self._value(config, row.attribute)
+
+    def _refuse_fixed(self, config: Mapping) -> None:
+        for attribute, value in self._fixed(config).items():
+            if config.get(attribute, value) not in (value, None):
+                raise QmicaError(
+                    f"this {self.model_type} model has {attribute} = {config[attribute]!s:.60}, and a GGUF can only "
+                    f"express {value!s:.60}; use another model"
+                )
+
+    def _refuse_rope(self, said: Mapping, allowed: tuple[str, ...] | None = None) -> None:
+        allowed = allowed or self.rope_types
+        if said["rope_type"] not in allowed:
+            raise QmicaError(_rope_refusal(self.model_type, said["rope_type"], allowed))
+        built_in = rope.FIXED if self.partial_rotary else rope.FIXED | {"partial_rotary_factor": 1.0}
+        for name, value in built_in.items():
+            if said.get(name) not in (value, None):
+                raise QmicaError(
+                    f"this {self.model_type} model has {name} = {said[name]} in its rope parameters, and llama.cpp can "
+                    f"only compute {value}; use another model"
+                )
 
     def head_dim(self, config: Any) -> int:
         """Width of one attention head."""
@@ -253,7 +316,7 @@ class Architecture:
     def _value(self, config: Mapping, attribute: str) -> Any:
         row = next(row for row in self.hyperparameters if row.attribute == attribute)
         value = config.get(attribute)
-        if value is None and attribute == "head_dim":
+        if value is None and row.default == REQUIRED and attribute == "head_dim":
             return self._value(config, "hidden_size") // self._value(config, "num_attention_heads")
         if value is None and row.default == REQUIRED:
             raise QmicaError(f"config.json has no {attribute}: it is not the config of a {self.model_type} model")
@@ -263,38 +326,31 @@ class Architecture:
 
     # -- rope
 
-    def _read_rope(self, metadata: Mapping, shapes: Mapping, rope_freqs, config: Mapping) -> dict[str, Any]:
-        keys = {key.removeprefix(f"{self.name}.rope."): value for key, value in metadata.items()}
-        rope = {"rope_type": "default", "rope_theta": shortest_float(keys.get("freq_base", 10000.0))}
-        if keys.get("dimension_count", config["head_dim"]) != config["head_dim"]:
-            raise QmicaError(
-                f"the GGUF rotates {keys['dimension_count']} of {config['head_dim']} dimensions of a head: qmica's "
-                f"{self.name} models rotate all of them; use another model"
-            )
-        if "rope_freqs.weight" in shapes:
-            if rope_freqs is None:
-                raise ValueError("hf_config needs the data of rope_freqs.weight")
-            return recover_llama3(np.asarray(rope_freqs, np.float64), rope["rope_theta"], config["head_dim"])
-        # a factor without a type is linear for llama.cpp (src/llama-model.cpp, load_hparams)
-        factor = shortest_float(keys.get("scaling.factor", keys.get("scale_linear", 0.0)))
-        kind = keys.get("scaling.type", "linear")
-        if factor in (0.0, 1.0) or kind == "none":
-            return rope
-        if kind not in self.rope_types:
-            raise QmicaError(_rope_refusal(self.name, kind, self.rope_types))
-        rope |= {"rope_type": kind, "factor": factor}
-        return rope | _read_yarn(keys, factor, config) if kind == "yarn" else rope
+    def _rope(self, config: Mapping) -> rope.Rope:
+        return rope.parameters(config, "full_attention")
 
-    def _write_rope(self, config: Mapping) -> list[tuple[str, GGUFValueType, Any]]:
-        rope = rope_parameters(config)
-        rows = [("rope.dimension_count", U32, self.head_dim(config)), ("rope.freq_base", F32, rope["rope_theta"])]
-        kind = rope["rope_type"]
-        if kind in ("linear", "yarn"):
-            rows += [("rope.scaling.type", GGUFValueType.STRING, kind)]
-            rows += [("rope.scaling.factor", F32, float(rope["factor"]))]
-        if kind == "yarn":
-            rows += _write_yarn(rope)
-        return rows
+    def _frame(self, config: Mapping) -> rope.Frame:
+        share = rope.parameters(config, "full_attention")["partial_rotary_factor"]
+        return rope.Frame(int(self.head_dim(config) * share), self._value(config, "max_position_embeddings"))
+
+    def _read_rope(self, metadata: Mapping, factors: Mapping, config: Mapping) -> dict[str, Any]:
+        start = f"{self.name}.rope."
+        keys = {key.removeprefix(start): value for key, value in metadata.items() if key.startswith(start)}
+        size = config["head_dim"]
+        dims = keys.get("dimension_count", size)
+        if dims != size and not self.partial_rotary:
+            raise QmicaError(
+                f"the GGUF rotates {dims} of {size} dimensions of a head: qmica's {self.name} models rotate all of "
+                "them; use another model"
+            )
+        said = rope.read(keys, factors, rope.Frame(dims, config["max_position_embeddings"]))
+        self._refuse_rope(said)
+        if dims != size:
+            said["partial_rotary_factor"] = dims / size
+        if not self.local_rope:
+            return said
+        local = {"rope_type": "default", "rope_theta": shortest_float(keys.get("freq_base_swa", 10000.0))}
+        return {"full_attention": said, "sliding_attention": local}
 
 
 # -------------------------------------------------------------------------------------------------------- the families
@@ -318,18 +374,65 @@ _LLAMA_TENSORS = {
 }
 
 
-_HYPERPARAMETERS = (
-    Hyperparameter("vocab_size", "vocab_size", U32),
-    Hyperparameter("context_length", "max_position_embeddings", U32),
-    Hyperparameter("embedding_length", "hidden_size", U32),
-    Hyperparameter("block_count", "num_hidden_layers", U32),
-    Hyperparameter("feed_forward_length", "intermediate_size", U32),
-    Hyperparameter("attention.head_count", "num_attention_heads", U32),
-    Hyperparameter("attention.head_count_kv", "num_key_value_heads", U32, "num_attention_heads"),
-    Hyperparameter("attention.key_length", "head_dim", U32),
-    Hyperparameter("attention.value_length", "head_dim", U32),
-    Hyperparameter("attention.layer_norm_rms_epsilon", "rms_norm_eps", F32, 1e-6),
-)
+# as transformers' configs default them where a family's config.json may leave them out; `sizes` are those of Gemma
+def _numbers(epsilon: float = 1e-6, **sizes: int) -> tuple[Hyperparameter, ...]:
+    rows = (
+        ("vocab_size", "vocab_size"),
+        ("context_length", "max_position_embeddings"),
+        ("embedding_length", "hidden_size"),
+        ("block_count", "num_hidden_layers"),
+        ("feed_forward_length", "intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.head_count_kv", "num_key_value_heads"),
+        ("attention.key_length", "head_dim"),
+        ("attention.value_length", "head_dim"),
+    )
+    defaults = {"num_key_value_heads": "num_attention_heads", **sizes}
+    numbers = tuple(Hyperparameter(key, name, U32, defaults.get(name, REQUIRED)) for key, name in rows)
+    return (*numbers, Hyperparameter("attention.layer_norm_rms_epsilon", "rms_norm_eps", F32, epsilon))
+
+
+def _equal_heads(arch: Architecture, config: Mapping) -> int:
+    """Of graphs that take a head as the width divided by the heads."""
+    return arch._value(config, "hidden_size") // arch._value(config, "num_attention_heads")
+
+
+def _attention_scalar(largest: int) -> Callable[[Architecture, Mapping], int]:
+    """Gemma's query_pre_attn_scalar: llama.cpp tells the 27B model, which differs, by its number of layers."""
+    return lambda arch, config: (
+        _equal_heads(arch, config) if arch._value(config, "num_hidden_layers") == largest else arch.head_dim(config)
+    )
+
+
+def _no_rope_layers(arch: Architecture, config: Mapping) -> list[int]:
+    """SmolLM3: 1 for a layer that rotates, 0 for every fourth (llama.cpp src/models/smollm3.cpp)."""
+    return [int(layer % 4 != 0) for layer in range(1, arch._value(config, "num_hidden_layers") + 1)]
+
+
+_PERMUTED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+_SILU = {"hidden_act": "silu"}
+_PLAIN = {**_SILU, "attention_bias": False, "use_sliding_window": False}
+
+
+def _layer(**renamed: str) -> dict[str, str]:
+    return {f"model.layers.{{i}}.{hf.replace('__', '.')}": f"blk.{{i}}.{gguf}" for hf, gguf in renamed.items()}
+
+
+_HEAD_NORMS = _layer(self_attn__q_norm="attn_q_norm", self_attn__k_norm="attn_k_norm")
+_POST_NORMS = _layer(post_attention_layernorm="post_attention_norm", post_feedforward_layernorm="post_ffw_norm")
+_GEMMA_TENSORS = {
+    **{hf: gguf for hf, gguf in _LLAMA_TENSORS.items() if hf != "lm_head"},
+    **_POST_NORMS,
+    **_layer(pre_feedforward_layernorm="ffn_norm"),
+}
+_FUSED = {**_layer(self_attn__qkv_proj="attn_qkv", mlp__gate_up_proj="ffn_up")}
+_SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_GEMMA = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "use_bidirectional_attention": False,
+    "tie_word_embeddings": True,
+}
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -338,33 +441,143 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         model_type="llama",
         hf_class="LlamaForCausalLM",
         tensors=_LLAMA_TENSORS,
-        hyperparameters=_HYPERPARAMETERS,
+        hyperparameters=_numbers(),
         biases=(
             Biases("attention_bias", ("q_proj", "k_proj", "v_proj", "o_proj")),
             Biases("mlp_bias", ("gate_proj", "up_proj", "down_proj")),
         ),
-        permuted={"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"},
+        permuted=_PERMUTED,
         rope_types=("default", "linear", "llama3", "yarn"),
-        fixed={"hidden_act": "silu"},
+        fixed=_SILU,
+    ),
+    Architecture(  # written as a llama, and read back as one
+        name="llama",
+        model_type="mistral",
+        hf_class="MistralForCausalLM",
+        tensors=_LLAMA_TENSORS,
+        hyperparameters=_numbers(),
+        permuted=_PERMUTED,
+        rope_types=("default", "linear", "llama3", "yarn"),
+        fixed=_SILU,
+        windowless=True,  # of Mistral 7B 0.1 alone, 4096
     ),
     Architecture(
         name="qwen2",
         model_type="qwen2",
         hf_class="Qwen2ForCausalLM",
         tensors=_LLAMA_TENSORS,
-        hyperparameters=_HYPERPARAMETERS,
+        hyperparameters=_numbers(),
         biases=(Biases(None, ("q_proj", "k_proj", "v_proj")),),
-        permuted={},
-        rope_types=("default", "linear", "yarn"),
-        fixed={"hidden_act": "silu", "use_sliding_window": False},
+        fixed={**_SILU, "use_sliding_window": False},
+    ),
+    Architecture(
+        name="qwen3",
+        model_type="qwen3",
+        hf_class="Qwen3ForCausalLM",
+        tensors={**_LLAMA_TENSORS, **_HEAD_NORMS},
+        hyperparameters=_numbers(head_dim=128),
+        fixed=_PLAIN,
+    ),
+    Architecture(
+        name="gemma2",
+        model_type="gemma2",
+        hf_class="Gemma2ForCausalLM",
+        tensors=_GEMMA_TENSORS,
+        hyperparameters=(
+            *_numbers(head_dim=256),
+            Hyperparameter("attention.sliding_window", "sliding_window", U32, 4096),
+            Hyperparameter("attn_logit_softcapping", "attn_logit_softcapping", F32, 50.0),
+            Hyperparameter("final_logit_softcapping", "final_logit_softcapping", F32, 30.0),
+        ),
+        rope_types=("default",),
+        fixed={**_GEMMA, "query_pre_attn_scalar": _attention_scalar(46)},
+        norm_offset=1.0,
+        full_every=2,
+    ),
+    Architecture(  # the text part of the larger models too
+        name="gemma3",
+        model_type="gemma3_text",
+        hf_class="Gemma3ForCausalLM",
+        tensors={**_GEMMA_TENSORS, **_HEAD_NORMS},
+        hyperparameters=(
+            *_numbers(
+                vocab_size=262208,
+                max_position_embeddings=131072,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                head_dim=256,
+            ),
+            Hyperparameter("attention.sliding_window", "sliding_window", U32, 4096),
+            Hyperparameter("final_logit_softcapping", "final_logit_softcapping", F32, None),
+        ),
+        rope_types=("default", "linear"),
+        fixed={
+            **_GEMMA,
+            "query_pre_attn_scalar": _attention_scalar(62),
+            "attn_logit_softcapping": None,
+            "sliding_window_pattern": 6,
+        },
+        norm_offset=1.0,
+        local_rope=True,
+        full_every=6,
+    ),
+    Architecture(  # Phi-3 and Phi-4
+        name="phi3",
+        model_type="phi3",
+        hf_class="Phi3ForCausalLM",
+        tensors={**{hf: gguf for hf, gguf in _LLAMA_TENSORS.items() if not hf.endswith(_SPLIT)}, **_FUSED},
+        hyperparameters=(
+            *_numbers(1e-5),
+            Hyperparameter("attention.sliding_window", "sliding_window", U32, None),
+            Hyperparameter(
+                "rope.scaling.original_context_length",
+                "original_max_position_embeddings",
+                U32,
+                "max_position_embeddings",
+            ),
+        ),
+        rope_types=("default", "longrope"),
+        fixed={**_SILU, "head_dim": _equal_heads},
+        partial_rotary=True,  # Phi-4-mini
+        windowless=True,
+    ),
+    Architecture(
+        name="granite",
+        model_type="granite",
+        hf_class="GraniteForCausalLM",
+        tensors=_LLAMA_TENSORS,
+        hyperparameters=(
+            *_numbers(),
+            Hyperparameter("attention.scale", "attention_multiplier", F32, 1.0),
+            Hyperparameter("embedding_scale", "embedding_multiplier", F32, 1.0),
+            Hyperparameter("residual_scale", "residual_multiplier", F32, 1.0),
+            Hyperparameter("logit_scale", "logits_scaling", F32, 1.0),
+        ),
+        permuted=_PERMUTED,
+        fixed={**_SILU, "attention_bias": False, "mlp_bias": False},
+    ),
+    Architecture(
+        name="olmo2",
+        model_type="olmo2",
+        hf_class="Olmo2ForCausalLM",
+        tensors={
+            **{hf: gguf for hf, gguf in _LLAMA_TENSORS.items() if not hf.endswith("input_layernorm")},
+            **_HEAD_NORMS,
+            **_POST_NORMS,
+        },
+        hyperparameters=_numbers(1e-5),
+        fixed={**_SILU, "attention_bias": False, "tie_word_embeddings": False, "head_dim": _equal_heads},
+    ),
+    Architecture(
+        name="smollm3",
+        model_type="smollm3",
+        hf_class="SmolLM3ForCausalLM",
+        tensors=_LLAMA_TENSORS,
+        hyperparameters=_numbers(),
+        permuted=_PERMUTED,
+        fixed={**_PLAIN, "mlp_bias": False, "no_rope_layers": _no_rope_layers},
     ),
 )
-
-# rope numbers that llama.cpp has built in: it does not read yarn_beta_fast and yarn_beta_slow for these families (ran:
-# with 20 and 2 in the file its log-probabilities are those of 32 and 1 to 7e-5, and 2.9 off those of transformers)
-FIXED_ROPE = {"partial_rotary_factor": 1.0, "truncate": True, "beta_fast": 32, "beta_slow": 1}
-
-EXTRA_TENSORS = ("rope_freqs.weight",)  # read into the config, no weights of the model
 
 # keys of llama.cpp that change what is computed, with the values under which they change nothing
 UNSUPPORTED_KEYS = {
@@ -398,8 +611,8 @@ MIXTURES = {
 
 
 def supported() -> str:
-    """The supported families, for messages: "llama, qwen2"."""
-    return ", ".join(arch.model_type for arch in ARCHITECTURES)
+    """The supported families, for messages: "llama, mistral, qwen2, ..."."""
+    return ", ".join(arch.model_type.removesuffix("_text") for arch in ARCHITECTURES)
 
 
 def for_gguf(name: str) -> Architecture:
@@ -444,115 +657,6 @@ def special_token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     """bos/eos/pad_token_id of config.json from a GGUF's tokenizer keys; those the file does not name are None."""
     keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
     return {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in keys.items()}
-
-
-def shortest_float(value: Any) -> float:
-    """The shortest decimal that is the same float32: GGUF's 9.999999747378752e-06 was written as 1e-05.
-
-    Raises QmicaError for what is no finite number.
-    """
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise QmicaError(f"the GGUF has {value!r:.40} where a number belongs: it is broken; download it again")
-    return float(str(np.float32(value)))
-
-
-# ---------------------------------------------------------------------------------------------------------------- rope
-
-
-def rope_parameters(config: Any) -> dict[str, Any]:
-    """rope_type, rope_theta and the type's own numbers, from transformers 5's `rope_parameters` or the older
-    `rope_theta` + `rope_scaling`."""
-    config = as_dict(config)
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
-    if rope["rope_type"] in ("llama3", "yarn"):
-        context = config.get("max_position_embeddings")
-        original = rope.setdefault("original_max_position_embeddings", context)
-        if rope.get("factor") is None:  # DeepSeek's way of writing yarn
-            rope["factor"] = context / original
-    return rope
-
-
-def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
-    """What llama3 scaling divides each frequency by, (head_dim / 2,) float64: 1 for short waves, `factor` for long.
-
-    Llama 3.1's formula (transformers modeling_rope_utils.py::_compute_llama3_parameters, llama.cpp
-    conversion/llama.py).
-    """
-    wave = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
-    turns = rope["original_max_position_embeddings"] / wave  # of a dimension within the original context
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / factor + smooth)
-
-
-def recover_llama3(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
-    """The rope_parameters whose llama3_factors are `factors` (to 1e-5, the float32 noise of llama.cpp's converter).
-
-    Tries the settings in use (Llama 3.1: 8192, 8, 1, 4; 3.2: factor 32), then solves for others: between the plain
-    and the scaled waves 1/factors is linear in the frequency, which gives the ratio of the original context and the two
-    frequency factors (only ratios matter, so low_freq_factor is taken as 1).  QmicaError when nothing gives them.
-    """
-    if np.allclose(factors, 1.0):
-        return {"rope_type": "default", "rope_theta": theta}
-    factor = shortest_float(factors.max())
-    for original, high in [(8192, 4.0), *_solve_llama3(factors, factor, theta, head_dim)]:
-        rope = {
-            "rope_type": "llama3",
-            "rope_theta": theta,
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
-        if factors.shape == (head_dim // 2,) and np.allclose(llama3_factors(rope, head_dim), factors, rtol=1e-5):
-            return rope
-    raise QmicaError(
-        f"the GGUF's rope_freqs.weight (largest factor {factor:g}) is no llama3 rope scaling that qmica can express: "
-        "known are original context 8192 with factors 8 and 32; use the Hugging Face folder of this model"
-    )
-
-
-def _solve_llama3(factors: np.ndarray, factor: float, theta: float, head_dim: int) -> list[tuple[int, float]]:
-    wave = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    between = (factors > 1.0 + 1e-5) & (factors < factor * (1.0 - 1e-5))
-    if factors.shape != wave.shape or between.sum() < 2:
-        return []
-    smooth = (1.0 / factors[between] - 1.0 / factor) / (1.0 - 1.0 / factor)
-    slope, offset = np.polyfit(1.0 / wave[between], smooth, 1)  # smooth = (original / wave - 1) / (high - 1)
-    if offset >= 0.0:
-        return []
-    return [(round(-slope / offset), float(round(1.0 - 1.0 / offset, 3)))]
-
-
-def yarn_attention(factor: float) -> float:
-    """YaRN's own attention factor, 0.1 ln(factor) + 1 (arXiv 2309.00071, section 3.4)."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
-
-
-def _read_yarn(keys: Mapping[str, Any], factor: float, config: Mapping) -> dict[str, Any]:
-    original = int(keys.get("scaling.original_context_length", config["max_position_embeddings"]))
-    rope = {"original_max_position_embeddings": original}
-    # llama.cpp multiplies its own 0.1 ln(factor) + 1 by attn_factor; transformers' attention_factor replaces it
-    multiplier = keys.get("scaling.attn_factor", 1.0)
-    if multiplier != 1.0:
-        rope["attention_factor"] = shortest_float(multiplier * yarn_attention(factor))
-    return rope
-
-
-def _write_yarn(rope: Mapping[str, Any]) -> list[tuple[str, GGUFValueType, Any]]:
-    factor = float(rope["factor"])
-    attention = rope.get("attention_factor")
-    scale, scale_all = rope.get("mscale"), rope.get("mscale_all_dim")
-    if attention is None and scale and scale_all:
-        grown = math.log(factor) if factor > 1.0 else 0.0
-        attention = (0.1 * scale * grown + 1.0) / (0.1 * scale_all * grown + 1.0)
-    rows = [("rope.scaling.original_context_length", U32, int(rope["original_max_position_embeddings"]))]
-    if attention is not None:  # llama.cpp multiplies, transformers replaces
-        rows.append(("rope.scaling.attn_factor", F32, attention / yarn_attention(factor)))
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ messages

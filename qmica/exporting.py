@@ -17,7 +17,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -138,7 +138,9 @@ def _plan_model(opened: Opened, config: ExportConfig, rounding: merging.Rounding
     names = _tensor_names(weights, family)
     types, notes = _types(config.quant, {name: weights[hf].shape for name, hf in names.items()}, family.name)
     planned = {
-        name: _planned(name, types[name], weights[hf], family.row_order(hf, weights.config), config.threads)
+        name: _planned(
+            name, types[name], _in_gguf(weights[hf], hf, family), family.row_order(hf, weights.config), config.threads
+        )
         for name, hf in names.items()
     }
     entries = _copied_entries(weights.gguf) if weights.gguf else _folder_entries(opened, family)
@@ -228,6 +230,14 @@ def _planned(name: str, type_: T, tensor: LazyTensor, order: np.ndarray | None, 
                 raise QmicaError(f"{name}: {error}") from error
 
     return Planned(name, tensor.shape, type_, blocks)
+
+
+def _in_gguf(tensor: LazyTensor, hf_name: str, family: architectures.Architecture) -> LazyTensor:
+    """The tensor with the values that this family's GGUF has (Gemma's norms: one more)."""
+    offset = family.offset(hf_name)
+    if not offset:
+        return tensor
+    return replace(tensor, dtype=torch.float32, read=lambda start, stop: tensor.rows(start, stop).float() + offset)
 
 
 def _copy(name: str, stored: GGUFTensor) -> Planned:

@@ -326,8 +326,11 @@ def _open_gguf(source: Source) -> Weights:
     file = GGUFFile.open(source.files[0])
     family = architectures.for_gguf(file.architecture)
     config = gguf_config(file)
-    names = {name: family.hf_name(name) for name in file.tensors}
-    tensors = {hf: _dequantized(file.tensors[name], family.row_order(hf, config)) for name, hf in names.items() if hf}
+    names = {hf: name for name in file.tensors if (hf := family.hf_name(name))}
+    tensors = {
+        hf: _dequantized(file.tensors[name], family.row_order(hf, config), family.offset(hf))
+        for hf, name in names.items()
+    }
     return Weights(tensors, config, gguf=file)
 
 
@@ -336,13 +339,15 @@ def gguf_config(file: GGUFFile) -> dict:
     model.
     """
     family = architectures.for_gguf(file.architecture)
-    factors = file.tensors.get("rope_freqs.weight")
-    data = None if factors is None else ggml.dequantize(factors.raw(), factors.type)[0]
-    return family.hf_config(file.metadata, {name: tensor.shape for name, tensor in file.tensors.items()}, data)
+    stored = {name: file.tensors[name] for name in family.factor_tensors if name in file.tensors}
+    factors = {name: ggml.dequantize(tensor.raw(), tensor.type)[0] for name, tensor in stored.items()}
+    return family.hf_config(file.metadata, {name: tensor.shape for name, tensor in file.tensors.items()}, factors)
 
 
-def _dequantized(tensor: GGUFTensor, order: np.ndarray | None) -> LazyTensor:
-    """A GGUF tensor in Hugging Face's row order; `order` is the one with gguf_rows = hf_rows[order]."""
+def _dequantized(tensor: GGUFTensor, order: np.ndarray | None, offset: float) -> LazyTensor:
+    """A GGUF tensor as Hugging Face has it: `order` is the one with gguf_rows = hf_rows[order], and offset what the
+    GGUF's values are above.
+    """
     back = None if order is None else np.argsort(order)
     dtype = _PLAIN[tensor.type][1] if tensor.type in _PLAIN else torch.float32
 
@@ -353,6 +358,7 @@ def _dequantized(tensor: GGUFTensor, order: np.ndarray | None) -> LazyTensor:
 
     def read_vector(start: int, stop: int) -> torch.Tensor:
         whole = _unpacked(tensor.raw(), tensor.type)[0]  # GGUF stores it as one row
+        whole = whole - offset if offset else whole
         return whole[start:stop] if back is None else whole[torch.from_numpy(back[start:stop])]
 
     return LazyTensor(tensor.shape, dtype, read_matrix if len(tensor.shape) == 2 else read_vector, tensor)

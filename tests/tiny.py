@@ -21,11 +21,19 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GenerationConfig,
+    GraniteConfig,
     LlamaConfig,
     LlamaTokenizer,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
 )
 from transformers.tokenization_utils_base import generate_merges
 from transformers.utils import logging as transformers_logging
@@ -124,7 +132,7 @@ BPE_TOKENIZERS = {
         "template": CHATML,
     },
 }
-DEFAULT_TOKENIZER = {"llama": "llama", "qwen2": "qwen2"}
+DEFAULT_TOKENIZER = {"llama": "llama", "mistral": "spm"}  # the others: qwen2
 
 
 @functools.cache
@@ -207,8 +215,58 @@ def smollm2() -> Path | None:
     return next(Path(spec.origin).parent.glob("*.gguf")) if spec else None
 
 
+# what a family has beyond the numbers of tiny_config, none at its default: windows shorter than the 150 tokens that are
+# compared, caps that bite, multipliers that matter
+_OWN_HEADS = {"head_dim": 32}  # 4 heads of 32 in a width of 64: q_proj is not square
+FAMILIES = {
+    "llama": (LlamaConfig, _OWN_HEADS),
+    "mistral": (MistralConfig, {**_OWN_HEADS, "sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, _OWN_HEADS),
+    "gemma2": (
+        Gemma2Config,
+        {
+            **_OWN_HEADS,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 20,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 9.0,
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            **_OWN_HEADS,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 20,
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 7,  # the sixth sees everything
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 7777.0, "factor": 3.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 333.0},
+            },
+        },
+    ),
+    "phi3": (Phi3Config, {"original_max_position_embeddings": 512}),
+    "granite": (
+        GraniteConfig,
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.4,  # a head's own would be 0.25
+            "logits_scaling": 1.5,
+        },
+    ),
+    "olmo2": (Olmo2Config, {}),
+    "smollm3": (SmolLM3Config, {"num_hidden_layers": 5}),  # the fourth does not rotate
+}
+
+
 def tiny_config(family: str, **overrides):
-    """LlamaConfig or Qwen2Config of width 64: grouped queries; theta, epsilon and head_dim away from their defaults."""
+    """A family's config of width 64: grouped queries; theta, epsilon and head_dim away from their defaults."""
+    kind, own = FAMILIES[family]
     values = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -222,14 +280,12 @@ def tiny_config(family: str, **overrides):
         "tie_word_embeddings": False,
         "pad_token_id": None,
     }
-    if family == "llama":
-        values["head_dim"] = 32  # 4 heads of 32 in a width of 64: q_proj is not square
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**{**values, **overrides})
+    return kind(**{**values, **own, **overrides})
 
 
 # gain of a linear over 1/sqrt(in): at 1.3 and an embedding of 0.3 torch's own fp32 noise is 1.6e-5 in log-probability,
 # more than the 1e-5 allowed against llama.cpp; at these it is 4e-6, and each mutation in test_architectures shows > 0.1
-GAINS = {"q_proj": 1.0, "k_proj": 1.0, "v_proj": 1.0, "o_proj": 0.7, "gate_proj": 0.7, "up_proj": 0.7, "down_proj": 0.7}
+GAINS = {"o_proj": 0.7, "gate_proj": 0.7, "up_proj": 0.7, "gate_up_proj": 0.7, "down_proj": 0.7}
 
 
 def _randomize(model: torch.nn.Module, seed: int) -> None:
@@ -242,12 +298,21 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
         if name.endswith("bias"):
             noise = 0.3 * noise
         elif "norm" in name:
-            noise = 1.0 + 0.3 * noise
+            center, spread = _norm(name, model.config.model_type)
+            noise = center + spread * noise
         elif "embed" in name:
             noise = embedding * noise
         else:
             noise = GAINS.get(linear, 1.0) * noise / math.sqrt(parameter.shape[1])
         parameter.data.copy_(noise)
+
+
+def _norm(name: str, model_type: str) -> tuple[float, float]:
+    """Mean and standard deviation of a norm's weight; Gemma multiplies by 1 + w. What Gemma's MLPs add is kept small:
+    ggml takes GELU from a table of fp16, which moves log-probabilities by 5e-3 else, and now by 3 to 6e-4."""
+    if "gemma" not in model_type:
+        return 1.0, 0.3
+    return (-1.0, 0.15) if "post_feedforward" in name else (0.0, 0.3)
 
 
 def output_entropy(model: torch.nn.Module, seed: int = 0) -> float:
@@ -277,7 +342,7 @@ def save_tiny(
     tokenizer: a name for tiny_tokenizer (default: the family's own); spm writes tokenizer.model as well.
     """
     folder = Path(folder)
-    name = tokenizer or DEFAULT_TOKENIZER[family]
+    name = tokenizer or DEFAULT_TOKENIZER.get(family, "qwen2")
     tok = tiny_tokenizer(name)
     ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
     model = tiny_model(family, seed, **{**ids, **config}).to(dtype)
@@ -303,7 +368,7 @@ def write_gguf(path, model, tokenizer=None, entries=None, metadata=None) -> Path
 
     arch, config = for_config(model.config), model.config
     if entries is None:
-        name = tokenizer or DEFAULT_TOKENIZER[config.model_type]
+        name = tokenizer or DEFAULT_TOKENIZER.get(config.model_type, "qwen2")
         tok = tiny_tokenizer(name) if isinstance(name, str) else name
         entries = gguf_metadata(tok, config.vocab_size)
     writer = gguf.GGUFWriter(path, arch.name)
@@ -315,7 +380,7 @@ def write_gguf(path, model, tokenizer=None, entries=None, metadata=None) -> Path
     for name in arch.tensor_names(config):
         order = arch.row_order(name, config)
         rows = state[name].float().numpy()
-        writer.add_tensor(arch.gguf_name(name), rows if order is None else rows[order])
+        writer.add_tensor(arch.gguf_name(name), (rows if order is None else rows[order]) + arch.offset(name))
     for name, data in arch.extra_tensors(config).items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()
