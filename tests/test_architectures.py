@@ -17,12 +17,6 @@ from qmica.gguf_file import GGUFFile
 
 YARN = {"rope_type": "yarn", "rope_theta": 7777.0, "factor": 8.0, "original_max_position_embeddings": 64}
 PARTIAL = {"rope_type": "default", "rope_theta": 7777.0, "partial_rotary_factor": 0.5}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 7777.0,
-    "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
-    "long_factor": [1.0, 1.3, 1.9, 2.8, 4.1, 6.0, 8.8, 13.0],
-}
 MODELS = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -44,9 +38,9 @@ MODELS = {
     "gemma3 with a cap": ("gemma3", {"final_logit_softcapping": 9.0, "rope_parameters": None}),
     "phi3": ("phi3", {}),
     "phi3 partial, tied": ("phi3", {"rope_parameters": PARTIAL, "tie_word_embeddings": True}),
-    "phi3 longrope, short": ("phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 2048}),
-    "phi3 longrope, long": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
-    "phi3 longrope, own attention": ("phi3", {"rope_parameters": {**LONGROPE, "attention_factor": 1.3}}),
+    "phi3 longrope, short": ("phi3", {"rope_parameters": tiny.LONGROPE, "max_position_embeddings": 2048}),
+    "phi3 longrope, long": ("phi3", {"rope_parameters": tiny.LONGROPE, "original_max_position_embeddings": 64}),
+    "phi3 longrope, own attention": ("phi3", {"rope_parameters": {**tiny.LONGROPE, "attention_factor": 1.3}}),
     "granite": ("granite", {}),
     "granite tied, yarn": ("granite", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "olmo2": ("olmo2", {}),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
-from tiny import LLAMA3_ROPE, save_tiny, tiny_config, tiny_model, write_gguf
+from tiny import FAMILIES, LLAMA3_ROPE, LONGROPE, save_tiny, tiny_config, tiny_model, write_gguf
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qmica import model, quant, targets
@@ -36,6 +36,8 @@ KINDS = {
     "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    **{family: (family, {}) for family in FAMILIES if family not in ("llama", "qwen2")},
+    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
 }
 
 

@@ -58,6 +58,13 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 7777.0,
+    "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
+    "long_factor": [1.0, 1.3, 1.9, 2.8, 4.1, 6.0, 8.8, 13.0],
+}
+
 TEXT = """The lighthouse keeper of Orrin's Bay counted 1,204 lamps before dawn, and wrote them in a blue book.
 She'd say: "We've 12 oil lamps; they're old, I'll mend 3 of them." Nobody mended the other 1201 lamps in 1987.
 def mend(lamp):\n    for wick in lamp.wicks:\n        if wick.length > 3.5:\n            return wick\n
@@ -132,7 +139,11 @@ BPE_TOKENIZERS = {
         "template": CHATML,
     },
 }
-DEFAULT_TOKENIZER = {"llama": "llama", "mistral": "spm"}  # the others: qwen2
+
+
+def default_tokenizer(family: str) -> str:
+    """The kind of tokenizer that a family's tiny model is saved with."""
+    return {"llama": "llama", "mistral": "spm"}.get(family, "qwen2")
 
 
 @functools.cache
@@ -342,7 +353,7 @@ def save_tiny(
     tokenizer: a name for tiny_tokenizer (default: the family's own); spm writes tokenizer.model as well.
     """
     folder = Path(folder)
-    name = tokenizer or DEFAULT_TOKENIZER.get(family, "qwen2")
+    name = tokenizer or default_tokenizer(family)
     tok = tiny_tokenizer(name)
     ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
     model = tiny_model(family, seed, **{**ids, **config}).to(dtype)
@@ -368,7 +379,7 @@ def write_gguf(path, model, tokenizer=None, entries=None, metadata=None) -> Path
 
     arch, config = for_config(model.config), model.config
     if entries is None:
-        name = tokenizer or DEFAULT_TOKENIZER.get(config.model_type, "qwen2")
+        name = tokenizer or default_tokenizer(config.model_type)
         tok = tiny_tokenizer(name) if isinstance(name, str) else name
         entries = gguf_metadata(tok, config.vocab_size)
     writer = gguf.GGUFWriter(path, arch.name)
