@@ -637,6 +637,36 @@ def for_config(config: Any) -> Architecture:
     raise QmicaError(_unsupported(name, experts or "moe" in name or name in MIXTURES))
 
 
+# ---- models that also see: their text part is one of a family
+
+TEXT_PARTS = {"gemma3": "gemma3_text"}  # model_type of the whole -> of its part (Gemma 3 from 4B)
+_TEXT_NAMES = (  # of its tensors, as on the hub and as transformers 5 saves them
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    *((start, None) for part in ("vision_tower.", "multi_modal_projector.") for start in (part, f"model.{part}")),
+)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of a model's text part where it has another, else `config`."""
+    part = TEXT_PARTS.get(config.get("model_type"))
+    if part is None or "text_config" not in config:
+        return config
+    beside = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "dtype")
+    arch = next(arch for arch in ARCHITECTURES if arch.model_type == part)
+    said = {name: config[name] for name in beside if name in config}
+    return {**config["text_config"], **said, "model_type": part, "architectures": [arch.hf_class]}
+
+
+def text_name(name: str) -> str | None:
+    """A tensor's name in the text part; None for a tensor of another part."""
+    for start, new in _TEXT_NAMES:
+        if name.startswith(start):
+            return None if new is None else new + name.removeprefix(start)
+    return name
+
+
 def _translate(name: str, table: Mapping[str, str]) -> str | None:
     match = re.fullmatch(r"(.+)\.(weight|bias)", name)
     if not match:

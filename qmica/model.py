@@ -96,6 +96,7 @@ def read_config(source: Source) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        config = config.get_text_config() if config.model_type in architectures.TEXT_PARTS else config
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise QmicaError(f"{config_file} cannot be used: {' '.join(str(error).split())}") from error
     architectures.for_config(config)
@@ -248,7 +249,7 @@ def _linear(
 
 
 def _fill_embedding(module: nn.Embedding, weight: torch.Tensor, compute: torch.dtype, device: torch.device) -> None:
-    module.__class__ = type(module) if type(module) is not nn.Embedding else quant.HalfEmbedding
+    module.__class__ = quant.HalfScaledEmbedding if hasattr(module, "embed_scale") else quant.HalfEmbedding
     module.compute_dtype = compute
     module.weight = nn.Parameter(weight.to(device=device, dtype=torch.bfloat16), requires_grad=False)
 

@@ -228,6 +228,13 @@ class HalfEmbedding(nn.Embedding):
         return super().forward(ids).to(self.compute_dtype)
 
 
+class HalfScaledEmbedding(HalfEmbedding):
+    """Gemma's, which multiplies the rows: in the compute dtype, as a model held in that dtype would."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.embed_scale.to(self.compute_dtype)
+
+
 FROZEN = {bnb.nn.Linear4bit: NF4Linear, bnb.nn.Linear8bitLt: Int8Linear, nn.Linear: HalfLinear}
 _LINEARS = tuple(FROZEN)
 _FORWARDS = {kind.forward for kind in (*FROZEN, FrozenLinear)}

@@ -282,8 +282,10 @@ def indexed_files(index: Path) -> list[str]:
 
 
 def read_config(path: Path) -> dict:
-    """config.json; QmicaError where it is damaged or names a quantization that cannot be read."""
-    config = _json(path)
+    """config.json, of its text part where the model also sees; QmicaError where it is damaged or names a quantization
+    that cannot be read.
+    """
+    config = architectures.text_config(_json(path))
     quantization = config.get("quantization_config")
     if quantization is None:
         return config
@@ -446,7 +448,8 @@ class _Hub:
             header = HfApi().parse_safetensors_file_metadata(self.repo, file, revision=self.revision, timeout=30)
             return {
                 name: (tensor.dtype, tensor.data_offsets[1] - tensor.data_offsets[0])
-                for name, tensor in header.tensors.items()
+                for stored, tensor in header.tensors.items()
+                if (name := architectures.text_name(stored))
             }
 
         with ThreadPoolExecutor(8) as pool:

@@ -242,7 +242,8 @@ def _read_header(file: Path) -> tuple[dict[str, LazyTensor], Map | None]:
         handle = safe_open(file, framework="pt")
         offsets = _offsets(file)
         mapped = _map(file)
-        return {name: _lazy(file, handle, name, mapped, offsets[name]) for name in offsets}, mapped
+        names = {name: stored for stored in offsets if (name := architectures.text_name(stored))}
+        return {name: _lazy(file, handle, one, mapped, offsets[one]) for name, one in names.items()}, mapped
     except (SafetensorError, OSError, ValueError) as error:
         said = f"{file} is not a sound safetensors file ({_one_line(error)}): copy or download it again"
         raise QmicaError(said) from error

@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LLAMA3_ROPE, LONGROPE, save_tiny, tiny_config, tiny_model, write_gguf
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from qmica import model, quant, targets
 from qmica.errors import QmicaError
@@ -480,3 +480,41 @@ def test_memory_of_a_mapped_load(folders, tmp_path, kind):
     entries = len(list((tmp_path / "cache" / "quantized").glob("*/*")))
     assert entries == (1 if kind == "packed" else 2)  # the small model's is the other
     assert made[0] <= 5 * largest + BESIDE and max(found[0], found[1], made[1]) < 0.15 * quantized, said
+
+
+# ---- models that also see
+
+
+def with_eyes(folder, rename) -> tuple[Path, torch.nn.Module]:
+    """A folder of a Gemma 3 that also sees, its tensors named by `rename(transformers' name)`; and its text part."""
+    text = tiny_model("gemma3")
+    for parameter in text.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text.config.to_dict(), vision_config={**sight, "image_size": 28, "patch_size": 14}
+    )
+    config.text_config.rope_parameters = text.config.rope_parameters
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.tie_weights()
+    whole.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {rename(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder, text
+
+
+def on_the_hub(name: str) -> str:
+    """As google/gemma-3-4b-it's files have them."""
+    return name.replace("model.language_model.", "language_model.model.").replace("model.vision", "vision")
+
+
+@pytest.mark.parametrize("rename", [str, on_the_hub])
+def test_the_text_part_of_a_model_that_also_sees(tmp_path, rename):
+    folder, text = with_eyes(tmp_path / "gemma", rename)
+    network = ours(folder)
+    assert type(network).__name__ == "Gemma3ForCausalLM"
+    assert torch.equal(logits(network), logits(text))
+    assert not [name for name in network.state_dict() if "vision" in name]
