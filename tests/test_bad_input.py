@@ -134,7 +134,7 @@ def test_a_damaged_gguf(refused, models, here):
     assert re.fullmatch(r".*half.gguf is truncated: \d+ of its \d+ bytes are missing; copy or download it again", said)
 
 
-SUPPORTED = "supported are llama, qwen2"
+SUPPORTED = "supported are llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, granite, olmo2, smollm3"
 
 
 @pytest.mark.parametrize("name", ["mamba", "nosuchmodel"])  # transformers knows one of them
@@ -149,7 +149,8 @@ def test_unsupported_architecture_in_a_gguf(refused, models, here):
 
 
 def test_mixture_of_experts(refused, models, here):
-    text = "'{}' is a mixture of experts, which qmica does not train; supported are dense models of the families llama, qwen2"
+    text = "'{}' is a mixture of experts, which qmica does not train; supported are dense models of the families "
+    text += SUPPORTED.removeprefix("supported are ")
     changed_folder(models, here / "other", model_type="qwen2_moe", num_experts=8)
     assert refused("train --model other -d notes.txt") == text.format("qwen2_moe")
     small_gguf(here / "moe.gguf", "llama", ("llama.expert_count", 8), like=models / "llama.gguf")

@@ -497,7 +497,9 @@ def test_another_family_is_refused_by_name(own_run, llama_run, tmp_path):
     edit(base / "config.json", lambda config: config.update(model_type="gpt_neox"))
     edit(own_run / "qmica.json", lambda said: said["base"].update(id=str(base)))
     for options in ({"quant": "F32"}, {"adapter": True}):
-        with pytest.raises(QmicaError, match=r"architecture 'gpt_neox' is not supported; supported are llama, qwen2"):
+        with pytest.raises(
+            QmicaError, match=r"architecture 'gpt_neox' is not supported; supported are llama, mistral, qwen2"
+        ):
             export(own_run, **options)
 
 

@@ -318,7 +318,7 @@ def test_configs_that_cannot_be_used(folders, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "architecture 'gpt_neox' is not supported; supported are llama, qwen2" in said(
+    assert "architecture 'gpt_neox' is not supported; supported are llama, mistral, qwen2" in said(
         json.dumps({**config, "model_type": "gpt_neox"})
     )
     moe = said(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
