@@ -241,7 +241,7 @@ def _described(metadata: Mapping[str, Any], swallows: Callable[[str], bool]) -> 
         tokenizer_object=_Handed(backend),
         add_bos_token="bos" in ids and bool(metadata.get("tokenizer.ggml.add_bos_token", defaults["add_bos"])),
         add_eos_token="eos" in ids and bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template if isinstance(template := metadata.get("tokenizer.chat_template"), str) else None,
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": tokens[id] for role, id in ids.items()},
     )
@@ -258,13 +258,13 @@ class _Handed:
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = _array(metadata, "tokens", str, bytes)
     if not tokens:
         raise QmicaError("the GGUF has no vocabulary (tokenizer.ggml.tokens): use a complete GGUF of this model")
     # as llama.cpp names empty tokens; bytes that are no UTF-8 can never be typed, but must stay distinct
     tokens = [t.decode("utf-8", "backslashreplace") if isinstance(t, bytes) else t for t in tokens]
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-    types = list(metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens))
+    types = _array(metadata, "token_type", int) or [_NORMAL] * len(tokens)
     ids = {token: i for i, token in enumerate(tokens)}
     if len(types) != len(tokens) or len(ids) != len(tokens):
         raise QmicaError(
@@ -279,10 +279,20 @@ def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     return tokens, types
 
 
+def _array(metadata: Mapping[str, Any], name: str, *kinds: type) -> list:
+    """tokenizer.ggml.<name>, a list of its own, [] where there is none; QmicaError where other things stand in it."""
+    values = metadata.get(f"tokenizer.ggml.{name}") or []
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, kinds) for value in values):
+        raise QmicaError(
+            f"the GGUF's tokenizer.ggml.{name} is no list of {kinds[0].__name__} as it has to be; download it again"
+        )
+    return list(values)
+
+
 def _special_ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:
     keys = {role: f"tokenizer.ggml.{name}_token_id" for role, name in SPECIAL_IDS.items()}
     ids = {role: metadata[key] for role, key in keys.items() if key in metadata}
-    return {role: id for role, id in ids.items() if 0 <= id < count}
+    return {role: id for role, id in ids.items() if isinstance(id, int) and 0 <= id < count}
 
 
 _PHI3 = ("phi-3", "phi3")  # in general.name, whatever its case
@@ -326,7 +336,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     row = _named(metadata.get("tokenizer.ggml.pre"))
     vocab = {token: i for i, token in enumerate(tokens)}
     # of two equal merges llama.cpp keeps the first, `tokenizers` the last
-    merges = [tuple(merge.split(" ", 1)) for merge in dict.fromkeys(metadata.get("tokenizer.ggml.merges") or ())]
+    merges = [tuple(merge.split(" ", 1)) for merge in dict.fromkeys(_array(metadata, "merges", str))]
     used = {part for merge in merges for part in (*merge, "".join(merge))}
     if not merges or not used <= vocab.keys() or min(map(len, merges)) < 2:
         raise QmicaError(
@@ -342,9 +352,14 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 def _sentencepiece(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not scores or len(scores) < len(tokens):
+    scores = _array(metadata, "scores", int, float)
+    if len(scores) < len(tokens):
         raise QmicaError("the GGUF's SentencePiece vocabulary has no scores (tokenizer.ggml.scores); download it again")
+    if sum(len(token) ** 2 for token in tokens) > LONGEST:
+        raise QmicaError(
+            f"the GGUF's SentencePiece vocabulary has tokens of up to {max(map(len, tokens))} characters: no real one "
+            "has; download it again"
+        )
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
     merges = _merges(tokens, scores)
@@ -382,6 +397,8 @@ def _merges(tokens: list[str], scores: Sequence[float]) -> list[tuple[str, str]]
     return [(token[:cut], token[cut:]) for _, token, cut in pairs]
 
 
+# the squares of all tokens' lengths together: every cut of every token is tried; Gemma's 262,144 have 1.6e7
+LONGEST = 3e8
 _BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
@@ -446,6 +463,8 @@ def _sentencepiece_metadata(model: Any, added: Mapping[int, AddedToken], folder:
         metadata[f"tokenizer.ggml.{SPECIAL_IDS[role]}_token_id"] = tokens.index(named) if named in tokens else own
     template = folder / "chat_template.jinja"
     template = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {row["name"]: row["template"] for row in template}.get("default")
     return metadata | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
 
 

@@ -522,6 +522,31 @@ def test_of_two_equal_merges_the_first_counts():
     assert [twice(t).input_ids for t in TORTURE] == [from_gguf(changed())(t).input_ids for t in TORTURE]
 
 
+@pytest.mark.parametrize(
+    ("entries", "text"),
+    [
+        ({"tokens": [1, 2, 3]}, "tokenizer.ggml.tokens is no list of str"),
+        ({"tokens": "abc"}, "tokenizer.ggml.tokens is no list of str"),
+        ({"token_type": ["a"] * tiny.VOCAB_SIZE}, "tokenizer.ggml.token_type is no list of int"),
+        ({"merges": [b"a \xff"]}, "tokenizer.ggml.merges is no list of str"),
+        ({"model": "llama", "scores": ["a"] * tiny.VOCAB_SIZE}, "tokenizer.ggml.scores is no list of int"),
+        ({"model": "llama", "scores": 7}, "tokenizer.ggml.scores is no list of int"),
+        (
+            {"model": "llama", "tokens": ["a" * 40_000, "b"], "token_type": [1, 1], "scores": [0.0, 1.0]},
+            "tokens of up to 40000 characters",
+        ),
+    ],
+)
+def test_things_of_another_kind_are_an_error_of_one_line(entries, text):
+    with pytest.raises(QmicaError, match=text):
+        from_gguf(changed(**entries))
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "padding_token_id", "eot_token_id"])
+def test_a_special_id_that_is_no_number_is_ignored(key):
+    assert len(from_gguf(changed(**{key: "x"}))) == len(tiny.tiny_tokenizer("qwen2"))
+
+
 def test_special_ids_beyond_the_vocabulary_are_ignored():
     assert from_gguf(changed(padding_token_id=99999)).pad_token is None
 
