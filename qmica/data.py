@@ -93,7 +93,8 @@ class Prepared:
 
 def _special_tokens(tokenizer) -> list[str]:
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    return [token for token in {*tokenizer.all_special_tokens, *added} if token and token != tokenizer.bos_token]
+    begins = {tokenizer.bos_token} - {tokenizer.eos_token}  # Granite and OLMo 2 end with what they begin with
+    return [token for token in {*tokenizer.all_special_tokens, *added} - begins if token]
 
 
 def beginning(tokenizer) -> list[int]:

@@ -281,16 +281,17 @@ def _folder_entries(opened: Opened, family: architectures.Architecture) -> list[
     """The metadata of a folder's model: what it is, its hyper-parameters, its tokenizer."""
     config = opened.weights.config
     hyperparameters = [(*entry, None) for entry in family.metadata(config)]
-    words = tokenizer.gguf_metadata(tokenizer.load(opened.source), config["vocab_size"])
-    return [*_card(opened, "model"), *hyperparameters, *words]
+    tokens = tokenizer.load(opened.source)
+    words = tokenizer.gguf_metadata(tokens, config["vocab_size"])
+    return [*_card(opened, "model", tokenizer.name_that_fits(opened.run.name, tokens)), *hyperparameters, *words]
 
 
-def _card(opened: Opened, kind: str) -> list[Entry]:
+def _card(opened: Opened, kind: str, name: str) -> list[Entry]:
     """general.*: what this file is, and of which base."""
     base, repo = opened.source, opened.source.repo
     texts = {
         "general.type": kind,
-        "general.name": opened.run.name,
+        "general.name": name,
         "general.license": _license(base.folder) if base.kind != "gguf" else None,
     }
     base_texts = {
@@ -334,7 +335,7 @@ def _plan_adapter(opened: Opened, config: ExportConfig) -> Plan:
     factors, notes = _factors(opened, config.base, config.scale)
     tensors = [tensor for path, part in factors.items() for tensor in _pair(opened, family, path, part, type_)]
     entries = [
-        *_card(opened, "adapter"),
+        *_card(opened, "adapter", opened.run.name),
         ("adapter.type", STRING, "lora", None),
         ("adapter.lora.alpha", F32, _alpha(factors.values()), None),
     ]

@@ -7,18 +7,24 @@ the table is refused: transformers' GGUF reader silently falls back to GPT-2's r
 SmolLM2).
 
 Token ids equal llama.cpp's, because that is where the tuned model will run. So, from a GGUF, text is not brought to
-Unicode NFC (Qwen's tokenizer.json does that, llama.cpp does not), and a SentencePiece model puts a space in front of
-the text after every special token.
+Unicode NFC (Qwen's tokenizer.json does that, llama.cpp does not), a SentencePiece model puts a space in front of the
+text after every special token, `tekken` and `gpt-4o` are cut by llama.cpp's approximation of their regex (a folder's
+by the regex itself: the two differ at combining marks and capitals beyond ASCII), and Phi-3's special tokens swallow
+the space after them only where llama.cpp sees from `general.name` that it is Phi-3 (name_that_fits).
 
-Given up: `tekken` and `gpt-4o`, whose regex llama.cpp only approximates, and the kinds of vocabulary other than byte-
-level BPE ("gpt2") and SentencePiece BPE ("llama").
+Given up: kinds of vocabulary other than byte-level BPE ("gpt2") and SentencePiece BPE ("llama"); what a folder's added
+tokens say of the space before them (lstrip), which a GGUF cannot; the 4,382 letters and digits that came with Unicode
+16 (Garay, more hieroglyphs), which llama.cpp's tables do not have; and after Phi-3's special tokens the spaces beyond
+ASCII, which `tokenizers` swallows and llama.cpp does not.
 
-Sources: llama.cpp src/llama-vocab.cpp (regexes, defaults, end-of-generation tokens) and conversion/base.py (token
-types, padding); sentencepiece's model.
+Sources: llama.cpp src/llama-vocab.cpp (regexes, defaults, control and end-of-generation tokens), src/unicode.cpp (how
+it approximates), conversion/base.py (token types, padding); sentencepiece's model.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +44,23 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = map(
 
 # ------------------------------------------------------------------------------------------------------ pre-tokenizers
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+# not (?i:'s|…), which takes 'ſ (U+017F) for 's: llama.cpp does not
+_WORDS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _cased(upper: str, lower: str, ending: str, digits: str) -> str:
+    """Words that end where a capital follows a small letter, as tekken and gpt-4o cut them."""
+    start = r"[^\r\n\p{L}\p{N}]?"
+    words = f"{start}{upper}*{lower}+{ending}|{start}{upper}+{lower}*{ending}"
+    return words + f"|{digits}" + _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+
+
+_ENDING = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?"
+# llama.cpp knows capitals and small letters in ASCII only, other letters are both, and marks are no letters
+_CASES = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
+_OWN_CASES = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
 @dataclass(frozen=True)
@@ -51,36 +71,64 @@ class PreTokenizer:
     splits: regexes, each applied to the pieces of the one before; matches and the gaps between them become pieces.
     ignore_merges: a whole piece that is a token stays one, merges or not.
     add_bos: what llama.cpp does when the file does not say.
+    own: the family's own regexes, where llama.cpp only approximates them: a folder's tokenizer cuts by these.
     """
 
     names: tuple[str, ...]
     splits: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
+    own: tuple[str, ...] = ()
 
 
 PRE_TOKENIZERS = (
     PreTokenizer(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
         (_WORDS + r"\p{N}{1,3}" + _REST,),
         ignore_merges=True,
         add_bos=True,
     ),
-    PreTokenizer(("smaug-bpe", "dbrx"), (_WORDS + r"\p{N}{1,3}" + _REST,)),
-    PreTokenizer(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "solar-open"), (_WORDS + r"\p{N}" + _REST,)),
+    PreTokenizer(("dbrx", "smaug-bpe"), (_WORDS + r"\p{N}{1,3}" + _REST,)),
     PreTokenizer(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", _GPT2)
+        ("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "solar-open", "kormo", "f2llmv2", "hunyuan", "grok-2"),
+        (_WORDS + r"\p{N}" + _REST,),
     ),
-    PreTokenizer(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "mellum", "a.x-4.0", "exaone4"), (_GPT2,)),
+    PreTokenizer(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+        (r"\p{N}", _GPT2),
+    ),
+    PreTokenizer(
+        (
+            *("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "mellum", "a.x-4.0", "exaone4", "gigachat"),
+            *("modern-bert", "granite-docling"),
+        ),
+        (_GPT2,),
+    ),
+    PreTokenizer(
+        ("tekken",),
+        (_cased(*_CASES, "", r"\p{N}"),),
+        ignore_merges=True,
+        add_bos=True,
+        own=(_cased(*_OWN_CASES, "", r"\p{N}"),),
+    ),
+    PreTokenizer(
+        ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"),
+        (_cased(*_CASES, _ENDING, r"\p{N}{1,3}"),),
+        own=(_cased(*_OWN_CASES, _ENDING, r"\p{N}{1,3}"),),
+    ),
 )
 
-# letters of several scripts, runs of digits, spaces, newlines, punctuation, apostrophes: every row cuts it differently
-PROBE = "Hello  World\n\n \n\t x12345 3.14 don't DON'T we'Re `a+b=c`!!?\r\n  日本語 текст é½² 🚀👍🏽 (x) \n  end  "
+# letters of several scripts, runs of digits, spaces, newlines, punctuation, apostrophes, capitals within words, marks:
+# every row cuts it differently
+PROBE = (
+    "Hello  World\n\n \n\t x12345 3.14 don't DON'T we'Re `a+b=c`!!?\r\n  日本語 текст é½² 🚀👍🏽 (x) \n  end  "
+    "camelCase HTMLPage École ПриВЕТ हिन्दी e\u0301 a//\n/b "
+)
 
 
-def _pipeline(row: PreTokenizer) -> pre_tokenizers.PreTokenizer:
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in row.splits]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+def _pipeline(splits: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    parts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
+    return pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _named(name: Any) -> PreTokenizer:
@@ -99,15 +147,38 @@ def _named(name: Any) -> PreTokenizer:
     )
 
 
-def _recognized(pipeline: pre_tokenizers.PreTokenizer | None, ignore_merges: bool) -> PreTokenizer:
+def _recognized(pipeline: pre_tokenizers.PreTokenizer | None, state: Mapping[str, Any]) -> PreTokenizer:
+    """The row that cuts PROBE as `pipeline` does. Of two that differ in ignore_merges only, the tokenizer's own, or
+    either where that changes nothing. state: the tokenizer.json."""
     pieces = pipeline.pre_tokenize_str(PROBE) if pipeline else None
-    for row in PRE_TOKENIZERS:
-        if row.ignore_merges == ignore_merges and pieces == _pipeline(row).pre_tokenize_str(PROBE):
-            return row
+    rows = [
+        row for row in PRE_TOKENIZERS if any(_pipeline(way).pre_tokenize_str(PROBE) == pieces for way in _ways(row))
+    ]
+    ignores = bool(state["model"].get("ignore_merges"))
+    same = [row for row in rows if row.ignore_merges == ignores]
+    if same or (rows and _merges_reach_everything(state)):
+        return (same or rows)[0]
     raise QmicaError(
         "the way this tokenizer cuts text into words has no name in GGUF that qmica knows "
         f"(known are {', '.join(row.names[0] for row in PRE_TOKENIZERS)}): this model cannot be exported"
     )
+
+
+def _ways(row: PreTokenizer) -> list[tuple[str, ...]]:
+    return [splits for splits in (row.own, row.splits) if splits]
+
+
+def _merges_reach_everything(state: Mapping[str, Any]) -> bool:
+    """Whether ignore_merges changes nothing, as in vocabularies made of tiktoken ranks: every token has its merges."""
+    model = state["model"]
+    bpe = models.BPE(vocab=model["vocab"], merges=_pairs(model["merges"]))
+    words = model["vocab"].keys() - {added["content"] for added in state["added_tokens"]}
+    return all(len(bpe.tokenize(word)) <= 1 for word in words)
+
+
+def _pairs(merges: Sequence[Any]) -> list[tuple[str, str]]:
+    """A tokenizer.json's merges: "a b" in older files, ["a", "b"] in newer ones."""
+    return [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in merges]
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -147,10 +218,15 @@ def _read(kind: type, folder: Path) -> PreTrainedTokenizerFast:
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer that a GGUF's `tokenizer.*` metadata describes, with the ids llama.cpp gives.
+    """The tokenizer that a GGUF's metadata describes (`tokenizer.*`, and `general.name`), with the ids llama.cpp gives.
 
     Raises QmicaError for a kind of vocabulary or pre-tokenizer that qmica does not know, naming it.
     """
+    return _described(metadata, _swallows_spaces(metadata))
+
+
+def _described(metadata: Mapping[str, Any], swallows: Callable[[str], bool]) -> PreTrainedTokenizerFast:
+    """from_gguf's; swallows: whether white space after this added token is dropped."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in _BACKENDS:
         raise QmicaError(
@@ -159,51 +235,98 @@ def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         )
     tokens, types = _vocabulary(metadata)
     backend, defaults = _BACKENDS[kind](metadata, tokens, types)
-    _add_tokens(backend, tokens, types)
+    _add_tokens(backend, tokens, types, swallows)
     ids = {**defaults["ids"], **_special_ids(metadata, len(tokens))}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=_Handed(backend),
         add_bos_token="bos" in ids and bool(metadata.get("tokenizer.ggml.add_bos_token", defaults["add_bos"])),
         add_eos_token="eos" in ids and bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template if isinstance(template := metadata.get("tokenizer.chat_template"), str) else None,
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": tokens[id] for role, id in ids.items()},
     )
 
 
+class _Handed:
+    """A backend that transformers may keep: it deep-copies what it is given, 3.4 of 6.6 s for Gemma's tokens."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend = backend
+
+    def __deepcopy__(self, memo: dict) -> Tokenizer:
+        return self.backend
+
+
 def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = _array(metadata, "tokens", str, bytes)
     if not tokens:
         raise QmicaError("the GGUF has no vocabulary (tokenizer.ggml.tokens): use a complete GGUF of this model")
     # as llama.cpp names empty tokens; bytes that are no UTF-8 can never be typed, but must stay distinct
     tokens = [t.decode("utf-8", "backslashreplace") if isinstance(t, bytes) else t for t in tokens]
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-    types = list(metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens))
+    types = _array(metadata, "token_type", int) or [_NORMAL] * len(tokens)
     ids = {token: i for i, token in enumerate(tokens)}
     if len(types) != len(tokens) or len(ids) != len(tokens):
         raise QmicaError(
             f"the GGUF's vocabulary is broken: {len(tokens)} tokens, {len(ids)} of them different, {len(types)} token "
             "types; download it again"
         )
-    for token in END_OF_TURN:  # llama.cpp treats these as control tokens whatever the file says
-        if token in ids:
-            types[ids[token]] = _CONTROL
-    while types[-1] == _UNUSED:  # the padding up to the embedding's rows
+    for token in _ALWAYS_CONTROL & ids.keys():
+        types[ids[token]] = _CONTROL
+    while len(types) > 1 and types[-1] == _UNUSED:  # the padding up to the embedding's rows
         tokens.pop()
         types.pop()
     return tokens, types
 
 
+def _array(metadata: Mapping[str, Any], name: str, *kinds: type) -> list:
+    """tokenizer.ggml.<name>, a list of its own, [] where there is none; QmicaError where other things stand in it."""
+    values = metadata.get(f"tokenizer.ggml.{name}") or []
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, kinds) for value in values):
+        raise QmicaError(
+            f"the GGUF's tokenizer.ggml.{name} is no list of {kinds[0].__name__} as it has to be; download it again"
+        )
+    return list(values)
+
+
 def _special_ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:
     keys = {role: f"tokenizer.ggml.{name}_token_id" for role, name in SPECIAL_IDS.items()}
     ids = {role: metadata[key] for role, key in keys.items() if key in metadata}
-    return {role: id for role, id in ids.items() if 0 <= id < count}
+    return {role: id for role, id in ids.items() if isinstance(id, int) and 0 <= id < count}
 
 
-def _add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+_PHI3 = ("phi-3", "phi3")  # in general.name, whatever its case
+_PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")  # the special tokens of Phi-3 that leave the space after them alone
+
+
+def _swallows_spaces(metadata: Mapping[str, Any]) -> Callable[[str], bool]:
+    """llama.cpp's attribute RSTRIP, which no key of GGUF holds: it knows Phi-3 by its name (src/llama-vocab.cpp)."""
+    name = str(metadata.get("general.name", "")).lower()
+    is_phi3 = any(text in name for text in _PHI3)
+    return lambda token: is_phi3 and token not in _PHI3_KEEPS
+
+
+def name_that_fits(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """`name` as general.name of a GGUF with this tokenizer: "Phi-3" stands in it only where llama.cpp wants it so.
+
+    By that name llama.cpp lets special tokens swallow the space after them; a file of that name without Phi-3's own
+    special tokens it cannot load.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    known = tokenizer.get_vocab()
+    fits = all(token in known for token in ("</s>", *_PHI3_KEEPS))
+    if any(text in name.lower() for text in _PHI3):
+        return name if fits else re.sub(r"(?i)phi(-?)3", r"phi_3", name)
+    return f"{name} (Phi-3)" if fits and any(token.rstrip for token in added) else name
+
+
+def _add_tokens(
+    backend: Tokenizer, tokens: Sequence[str], types: Sequence[int], swallows: Callable[[str], bool]
+) -> None:
     def of(*kinds: int) -> list[AddedToken]:
         chosen = [token for token, kind in zip(tokens, types, strict=True) if kind in kinds]
-        return [AddedToken(token, special=_USER_DEFINED not in kinds, normalized=False) for token in chosen]
+        special = _USER_DEFINED not in kinds
+        return [AddedToken(token, special=special, normalized=False, rstrip=swallows(token)) for token in chosen]
 
     backend.add_tokens(of(_USER_DEFINED))
     backend.add_special_tokens(of(_CONTROL, _UNKNOWN))
@@ -212,7 +335,8 @@ def _add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int])
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> tuple[Tokenizer, dict[str, Any]]:
     row = _named(metadata.get("tokenizer.ggml.pre"))
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges") or ()]
+    # of two equal merges llama.cpp keeps the first, `tokenizers` the last
+    merges = [tuple(merge.split(" ", 1)) for merge in dict.fromkeys(_array(metadata, "merges", str))]
     used = {part for merge in merges for part in (*merge, "".join(merge))}
     if not merges or not used <= vocab.keys() or min(map(len, merges)) < 2:
         raise QmicaError(
@@ -220,7 +344,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
             "are no tokens); download it again"
         )
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=row.ignore_merges))
-    backend.pre_tokenizer = _pipeline(row)
+    backend.pre_tokenizer = _pipeline(row.splits)
     backend.decoder = decoders.ByteLevel()
     return backend, {"ids": {}, "add_bos": row.add_bos}
 
@@ -228,12 +352,17 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 def _sentencepiece(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not scores or len(scores) < len(tokens):
+    scores = _array(metadata, "scores", int, float)
+    if len(scores) < len(tokens):
         raise QmicaError("the GGUF's SentencePiece vocabulary has no scores (tokenizer.ggml.scores); download it again")
+    if sum(len(token) ** 2 for token in tokens) > LONGEST:
+        raise QmicaError(
+            f"the GGUF's SentencePiece vocabulary has tokens of up to {max(map(len, tokens))} characters: no real one "
+            "has; download it again"
+        )
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
-    merges = _merges(tokens, scores, types)
+    merges = _merges(tokens, scores)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     first = [normalizers.Prepend("▁")] if prefix else []
@@ -244,20 +373,32 @@ def _sentencepiece(
     return backend, {"ids": {role: id for role, id in defaults.items() if id < len(tokens)}, "add_bos": True}
 
 
-def _merges(tokens: list[str], scores: Sequence[float], types: list[int]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, best score of the whole first: SentencePiece BPE as a list of merges."""
-    plain = (_NORMAL, _UNUSED)
-    vocab = {token: scores[i] for i, token in enumerate(tokens) if types[i] in plain}
+def _merges(tokens: list[str], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every pair of tokens that makes a token, best score of the whole first: SentencePiece BPE as a list of merges.
+
+    Tokens of every type count, as in llama.cpp (llm_tokenizer_spm_session). Raises QmicaError for a file without real
+    scores: there llama.cpp merges the leftmost pair, whatever it is, which no list of merges can say.
+    """
+    vocab = set(tokens)
     pairs = [
         (-score, token, cut)
-        for token, score in vocab.items()
+        for token, score in zip(tokens, scores, strict=False)
         for cut in range(len(token) - 1, 0, -1)
         if token[:cut] in vocab and token[cut:] in vocab
     ]
     pairs.sort(key=lambda pair: pair[0])  # stable: by id among equal scores, the longest left part first
+    different, made = len({pair[0] for pair in pairs}), len({pair[1] for pair in pairs})
+    if different < made / 2:  # real ones: as many as tokens
+        raise QmicaError(
+            f"the GGUF's SentencePiece vocabulary has only {different} different scores for {made} merged tokens: it "
+            "was converted without the model's tokenizer.model, and llama.cpp cuts text with it otherwise than the "
+            "model was trained; use another GGUF or the Hugging Face folder of this model"
+        )
     return [(token[:cut], token[cut:]) for _, token, cut in pairs]
 
 
+# the squares of all tokens' lengths together: every cut of every token is tried; Gemma's 262,144 have 1.6e7
+LONGEST = 3e8
 _BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
@@ -270,9 +411,10 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise QmicaError(f"{path} is not a SentencePiece model; download it again") from error
-    tokenizer = from_gguf(_sentencepiece_metadata(model, folder))
-    bos = [tokenizer.bos_token_id] if tokenizer.add_bos_token else []
-    if tokenizer(PROBE).input_ids != bos + model.encode(PROBE):
+    added = _added_tokens(folder)
+    swallowing = {token.content for token in added.values() if token.rstrip}
+    tokenizer = _described(_sentencepiece_metadata(model, added, folder), swallowing.__contains__)
+    if tokenizer(PROBE, add_special_tokens=False).input_ids != model.encode(PROBE):
         raise QmicaError(
             f"{path} is not of Llama's kind of SentencePiece (BPE without normalization): qmica would encode text "
             "differently; save the model with a tokenizer.json"
@@ -280,23 +422,30 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _sentencepiece_metadata(model: Any, folder: Path) -> dict[str, Any]:
+def _added_tokens(folder: Path) -> dict[int, AddedToken]:
+    """What lies beside a tokenizer.model: the tokens that tokenizer_config.json and added_tokens.json add to it."""
+    rows = _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    added = {
+        int(i): AddedToken(row["content"], special=bool(row.get("special")), rstrip=bool(row.get("rstrip")))
+        for i, row in rows.items()
+    }
+    return {i: AddedToken(text) for text, i in _json(folder / "added_tokens.json").items()} | added
+
+
+def _sentencepiece_metadata(model: Any, added: Mapping[int, AddedToken], folder: Path) -> dict[str, Any]:
     config = _json(folder / "tokenizer_config.json")
-    tokens = [model.id_to_piece(i) for i in range(len(model))]
-    scores = [model.get_score(i) for i in range(len(model))]
-    types = [_piece_type(model, i) for i in range(len(model))]
-    added = {int(i): (row["content"], row.get("special")) for i, row in config.get("added_tokens_decoder", {}).items()}
-    added |= {i: (token, False) for token, i in _json(folder / "added_tokens.json").items() if i not in added}
-    for i, (token, special) in sorted(added.items()):
+    tokens, scores, types = map(list, zip(*_pieces(model.serialized_model_proto()), strict=True))
+    for i, token in sorted(added.items()):
         while len(tokens) <= i:
             tokens.append(f"[PAD{len(tokens)}]")
             scores.append(-1000.0)
             types.append(_UNUSED)
-        control = special or _looks_special(token)
-        tokens[i], types[i] = token, _CONTROL if control else _USER_DEFINED
+        control = token.special or _looks_special(token.content)
+        tokens[i], types[i] = token.content, _CONTROL if control else _USER_DEFINED
+    spaced = [t.replace("▁", " ") if kind == _USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
     metadata = {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.tokens": spaced,
         "tokenizer.ggml.scores": scores,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.add_space_prefix": model.encode("x", out_type=str)[0].startswith("▁"),
@@ -312,19 +461,49 @@ def _sentencepiece_metadata(model: Any, folder: Path) -> dict[str, Any]:
         named = config.get(f"{role}_token") or ""
         named = named.get("content") if isinstance(named, dict) else named
         metadata[f"tokenizer.ggml.{SPECIAL_IDS[role]}_token_id"] = tokens.index(named) if named in tokens else own
-    if isinstance(config.get("chat_template"), str):
-        metadata["tokenizer.chat_template"] = config["chat_template"]
-    return metadata
+    template = folder / "chat_template.jinja"
+    template = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {row["name"]: row["template"] for row in template}.get("default")
+    return metadata | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
 
 
-def _piece_type(model: Any, i: int) -> int:
-    checks = {
-        _UNKNOWN: model.is_unknown,
-        _CONTROL: model.is_control,
-        _UNUSED: model.is_unused,
-        _BYTE: model.is_byte,
-    }
-    return next((kind for kind, check in checks.items() if check(i)), _NORMAL)
+def _pieces(proto: bytes) -> list[tuple[str, float, int]]:
+    """Text, score and type of each piece of a SentencePiece model (sentencepiece_model.proto: ModelProto.pieces).
+
+    Read here because sentencepiece's Python does not tell which pieces are user-defined, as Gemma's runs of newlines
+    are. Its types have the numbers that GGUF's TokenType has.
+    """
+    pieces = [dict(_fields(value)) for number, value in _fields(proto) if number == 1]
+    return [
+        (piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, bytes(4)))[0], piece.get(3, _NORMAL))
+        for piece in pieces
+    ]
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message: an int for a varint, otherwise the bytes."""
+    place = 0
+    while place < len(message):
+        key, place = _varint(message, place)
+        if key & 7 == 0:
+            value, place = _varint(message, place)
+        else:
+            size, place = _varint(message, place) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], place)
+            value, place = message[place : place + size], place + size
+        yield key >> 3, value
+
+
+def _varint(message: bytes, place: int) -> tuple[int, int]:
+    """The number that begins at `place`, seven bits a byte, and where it ends."""
+    number = shift = 0
+    while True:
+        byte = message[place]
+        place += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, place
+        shift += 7
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -347,30 +526,54 @@ END_OF_TURN = (
     "<|eom_id|>",
     "<EOT>",
     "_<EOT>",
+    "[EOT]",
     "<end_of_utterance>",
+    "<turn|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "[e~[",
     "<|end_of_text|>",
     "<|endoftext|>",
     "<｜end▁of▁sentence｜>",
     "</s>",
+    "<eos>",
+    "[EOS]",
 )
 _TURNS = END_OF_TURN[:4]  # those that may be written as the GGUF's end-of-turn token
 
+# control tokens of code models by their text (special_fim_*_id): these, and those that end a generation as well
+FILL_IN = (
+    *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>"),
+    *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>"),
+    *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>"),
+    *("<|prefix|>", "<|suffix|>", "<|middle|>"),
+)
+_FILL_IN_ENDS = (
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
+)
+_ALWAYS_CONTROL = {*END_OF_TURN, *FILL_IN, *_FILL_IN_ENDS}  # for llama.cpp, whatever a file says
+
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast, generation_config: Any = None) -> set[int]:
-    """Ids after which a turn is over: eos, eot, the known texts of the vocabulary, and a generation config's own.
+    """Ids after which a turn is over: eos, eot, eom, the known texts of the vocabulary, a generation config's own.
 
     Every one of them is a training target at the end of an assistant turn, and stops a generation.
     """
     added = tokenizer.get_added_vocab()
     own = getattr(generation_config, "eos_token_id", None)
     own = [*own] if isinstance(own, Iterable) else [own]
-    ids = {added.get(text) for text in (getattr(tokenizer, "eot_token", None), *END_OF_TURN)}
+    named = (getattr(tokenizer, f"{role}_token", None) for role in ("eot", "eom"))
+    ids = {added.get(text) for text in (*named, *END_OF_TURN, *_FILL_IN_ENDS)}
     return (ids | {tokenizer.eos_token_id, *own}) - {None}
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
-SPECIAL_IDS = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}  # role -> GGUF's word
+# role -> GGUF's word
+SPECIAL_IDS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
 
 _STRING, _BOOL, _ARRAY = GGUFValueType.STRING, GGUFValueType.BOOL, GGUFValueType.ARRAY
 Entry = tuple[str, GGUFValueType, Any, GGUFValueType | None]
@@ -401,9 +604,8 @@ def gguf_metadata(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[E
 
 def _describe_byte_level(tokenizer, state: Mapping, tokens: list[str], types: list[int]) -> list[Entry]:
     _refuse_normalizer(state, allowed=("NFC",))  # llama.cpp does without NFC, as its converter does
-    row = _recognized(tokenizer.backend_tokenizer.pre_tokenizer, bool(state["model"].get("ignore_merges")))
-    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in state["model"]["merges"]]
-    merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
+    row = _recognized(tokenizer.backend_tokenizer.pre_tokenizer, state)
+    merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in _pairs(state["model"]["merges"])]
     return [
         ("tokenizer.ggml.model", _STRING, "gpt2", None),
         ("tokenizer.ggml.pre", _STRING, row.names[0], None),
@@ -416,9 +618,11 @@ def _describe_byte_level(tokenizer, state: Mapping, tokens: list[str], types: li
 def _describe_sentencepiece(tokenizer, state: Mapping, tokens: list[str], types: list[int]) -> list[Entry]:
     _refuse_normalizer(state, allowed=("Prepend", "Replace"))
     rank: dict[str, int] = {}  # a token's place among all merged ones, as SentencePiece's own scores count
-    for merge in state["model"]["merges"]:
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        rank.setdefault(left + right, len(rank))
+    # what is user-defined or control is found before anything is merged
+    mergeable = {t for t, kind in zip(tokens, types, strict=True) if kind not in (_USER_DEFINED, _CONTROL)}
+    for token in (left + right for left, right in _pairs(state["model"]["merges"])):
+        if token in mergeable:
+            rank.setdefault(token, len(rank))
     lowest = -float(len(rank))
     scores = [-float(rank[token]) if token in rank else lowest for token in tokens]
     types = [_byte_or(kind, token) for kind, token in zip(types, tokens, strict=True)]
@@ -471,7 +675,10 @@ def _padded(tokenizer, state: Mapping, vocab_size: int) -> tuple[list[str], list
 
 def _looks_special(token: str) -> bool:
     """Whether an added token that is not marked special is a control token all the same (conversion/base.py)."""
-    return token == "<pad>" or token[:2] + token[-2:] in ("<||>", "<｜｜>")
+    texts = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+    ends = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    known = token in texts or token in _ALWAYS_CONTROL
+    return known or any(token.startswith(first) and token.endswith(last) for first, last in ends)
 
 
 def _special_entries(tokenizer) -> list[Entry]:
@@ -479,6 +686,7 @@ def _special_entries(tokenizer) -> list[Entry]:
     ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "unk", "pad")}
     turns = [text for text in (getattr(tokenizer, "eot_token", None), *_TURNS) if text in added]
     ids["eot"] = added[turns[0]] if turns else None
+    ids["eom"] = added.get(getattr(tokenizer, "eom_token", None))
     entries = [
         (f"tokenizer.ggml.{name}_token_id", GGUFValueType.UINT32, ids[role], None)
         for role, name in SPECIAL_IDS.items()

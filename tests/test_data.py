@@ -90,6 +90,15 @@ MASKS = {
         "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
         "<|im_start|>assistant\n⟦<|im_end|>⟧\n",
     ),
+    "granite ends with its BOS": (
+        "granite",
+        None,
+        [(U, "Who?"), (A, "Me."), (U, "And?"), (A, "You.")],
+        "<|start_of_role|>user<|end_of_role|>Who?<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>⟦Me.<|end_of_text|>⟧\n"
+        "<|start_of_role|>user<|end_of_role|>And?<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>⟦You.<|end_of_text|>⟧\n",
+    ),
     "llama 3 trims": (
         "llama",
         None,

@@ -337,6 +337,17 @@ def test_what_a_folder_says_of_itself(llama_run, tmp_path):
     assert not [key for key in card if key.startswith("tokenizer.")]
 
 
+@needs_llama
+def test_phi_3_is_in_the_name_where_llama_cpp_goes_by_it(tmp_path):
+    """Phi-3's special tokens swallow the newline after them: trained so, served so."""
+    run = make_run(tmp_path / "run", save_tiny(tmp_path / "base", "llama", tokenizer="phi3"), targets="qv")
+    file = export(run, quant="F32", out=tmp_path / "phi.gguf")
+    assert GGUFFile.open(file).metadata["general.name"] == "run (Phi-3)"
+    chat = "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    with llamacpp.Llama(file, context=256, threads=1) as llama:
+        assert llama.tokenize(chat, add_bos=True) == tiny_tokenizer("phi3")(chat).input_ids
+
+
 def test_default_names(own_run, capsys):
     assert export(own_run, quant="q8_0") == own_run / "run.Q8_0.gguf"
     assert export(own_run, adapter=True) == own_run / "run.adapter.gguf"

@@ -2,23 +2,27 @@
 
 import functools
 import json
+import re
 import shutil
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import tiny
-from gguf import TokenType
+from gguf import GGUFValueType, TokenType
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from qmica import llamacpp, tokenizer
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
-from qmica.tokenizer import PRE_TOKENIZERS, end_of_turn_ids, from_gguf, gguf_metadata, load
+from qmica.tokenizer import PRE_TOKENIZERS, end_of_turn_ids, from_gguf, gguf_metadata, load, name_that_fits
 
 needs_llamacpp = pytest.mark.skipif(not llamacpp.available(), reason="xllamacpp is not installed")
-TINY = ("llama", "qwen2", "smollm", "spm")
+TINY = tiny.TOKENIZERS
 NAMES = [name for row in PRE_TOKENIZERS for name in row.names]
 
 TORTURE = [
@@ -39,6 +43,12 @@ TORTURE = [
     "<|im_start|>user\nHi<|im_end|>\n<|im_end|><|endoftext|> <|eot_id|>x<|begin_of_text|>",
     "<s> text </s><unk>▁x <0x0A> <tool_call>1</tool_call> < |im_end| >",
     '!!!??? ... --- === `````` """" ((())) $$$ ^^ ~~ || a+b=c',
+    "<start_of_turn>user\n\nHi <end_of_turn>\n<table>\t\t</table><bos>  <unused0>[@BOS@]<pad><eos>",
+    "[INST] Hi [/INST] [TOOL_CALLS] [control_8] [INST][/INST]",
+    "<|user|>\n  Hi <|end|>\n\n<|assistant|> \t x<|endoftext|>\n\n</s>  y <|system|>",
+    "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n<fim_prefix>a<fim_suffix> <reponame>b <|fim_middle|>",
+    "camelCase HTMLPage XMLHttp2 ÉCOLEÉcole ПриВЕТ ǅungla IJsselMEER don'T a/b//c\n/ #!/x\n\n/",
+    "▁ ▁▁ x▁y <0x41> [PAD430]",
     "unmergeable  unmergeable, xunmergeable",
     "x" * 300,
     tiny.TEXT,
@@ -59,21 +69,109 @@ def as_metadata(entries) -> dict:
     return {key: value for key, _, value, _ in entries}
 
 
-def differences(tok, path) -> list[str]:
-    """Texts of TORTURE whose ids differ from llama.cpp's, with both."""
-    with llamacpp.Llama(path, context=512, threads=1) as llama:
-        pairs = [(text, tok(text).input_ids, llama.tokenize(text, special=True, add_bos=True)) for text in TORTURE]
+def entries_of(name) -> list:
+    """A tiny tokenizer as a GGUF's metadata, with the model's name where llama.cpp goes by it."""
+    tok = tiny.tiny_tokenizer(name)
+    called = ("general.name", GGUFValueType.STRING, name_that_fits("tiny", tok), None)
+    return [called, *gguf_metadata(tok, tiny.VOCAB_SIZE)]
+
+
+def with_scores(metadata: dict, scores) -> dict:
+    return metadata | {"tokenizer.ggml.scores": list(scores)}
+
+
+def folder_of(path):
+    return SimpleNamespace(kind="safetensors", folder=path, files=())
+
+
+def unequal(tok, llama, texts) -> list[str]:
+    """The texts whose ids differ from llama.cpp's, with both."""
+    pairs = [(text, tok(text).input_ids, llama.tokenize(text, special=True, add_bos=True)) for text in texts]
     return [f"{text[:60]!r}: {ours[:24]} instead of {theirs[:24]}" for text, ours, theirs in pairs if ours != theirs]
+
+
+def differences(tok, path) -> list[str]:
+    with llamacpp.Llama(path, context=512, threads=1) as llama:
+        return unequal(tok, llama, TORTURE)
 
 
 # ------------------------------------------------------------------------------------------------ the same as llama.cpp
 
 
+@pytest.fixture(scope="module", params=TINY)
+def both(request, tmp_path_factory):
+    """A tiny tokenizer read from a GGUF, and llama.cpp with the same file."""
+    if not llamacpp.available():
+        pytest.skip("xllamacpp is not installed")
+    path = tmp_path_factory.mktemp(request.param) / "tiny.gguf"
+    tiny.write_gguf(path, small_model(tiny.VOCAB_SIZE), entries=entries_of(request.param))
+    with llamacpp.Llama(path, context=256, threads=1) as llama:
+        yield from_gguf(GGUFFile.open(path).metadata), llama
+
+
+def test_a_tokenizer_written_to_a_gguf_gives_llama_cpps_ids(both):
+    assert unequal(*both, TORTURE) == []
+
+
+SNIPPETS = [
+    *re.findall(r"<\S+?>|\[\S+?\]", " ".join(TORTURE)),
+    *(
+        "the",
+        "lamps",
+        "keeper",
+        "don't",
+        "WE'RE",
+        "'ll",
+        "ÉCOLE",
+        "naïve",
+        "日本語",
+        "हिन्दी",
+        "e\u0301",
+        "12345",
+        "3.14",
+        "½",
+        "a+b=c",
+        "//",
+        "!!!",
+        "🚀",
+        "👍🏽",
+        "▁",
+        "aaaa",
+        "----",
+    ),
+    *(" ", "  ", "   ", "\t", "\t\t", "\n", "\n\n", "\r\n", " \n", "\u00a0", "\x00", "\u200d", "'ſ", "hahahaha"),
+]
+# assigned long ago: Unicode 16's letters are none for llama.cpp yet
+CHARACTERS = st.characters(exclude_categories=("Cs",)).filter(lambda c: unicodedata.ucd_3_2_0.category(c) != "Cn")
+TEXTS = st.lists(st.sampled_from(SNIPPETS) | st.text(CHARACTERS, max_size=4), max_size=12).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS)
+def test_any_text_gets_llama_cpps_ids(both, text):
+    tok, llama = both
+    if any(token.rstrip for token in tok.added_tokens_decoder.values()):  # Phi-3's take spaces beyond ASCII as well
+        text = re.sub(r"[^\S\x00-\x7f]", " ", text)
+    assert unequal(tok, llama, [text]) == []
+
+
 @needs_llamacpp
-@pytest.mark.parametrize("name", TINY)
-def test_a_tokenizer_written_to_a_gguf_gives_llama_cpps_ids(name, tmp_path):
-    path = tiny.write_gguf(tmp_path / "tiny.gguf", small_model(tiny.VOCAB_SIZE), tokenizer=name)
-    assert differences(from_gguf(file_metadata(path)), path) == []
+def test_phi_3_swallows_spaces_by_its_name_as_llama_cpp_does(tmp_path):
+    """The control: the same vocabulary under another name keeps the newline after <|user|>; llama.cpp agrees."""
+    entries = [entry for entry in entries_of("phi3") if entry[0] != "general.name"]
+    path = tiny.write_gguf(tmp_path / "other.gguf", small_model(tiny.VOCAB_SIZE), entries=entries)
+    tok = from_gguf(file_metadata(path))
+    assert differences(tok, path) == []
+    named = from_gguf(as_metadata(entries_of("phi3")))
+    assert named("<|user|>\nHi").input_ids == named("<|user|>Hi").input_ids != tok("<|user|>\nHi").input_ids
+    assert named("<|endoftext|>\nHi").input_ids == tok("<|endoftext|>\nHi").input_ids
+
+
+def test_the_name_says_phi_3_where_llama_cpp_needs_it_and_nowhere_else():
+    phi3, llama = tiny.tiny_tokenizer("phi3"), tiny.tiny_tokenizer("llama")
+    names = ("run-1", "my-Phi-3-run", "phi3")
+    assert [name_that_fits(name, phi3) for name in names] == ["run-1 (Phi-3)", "my-Phi-3-run", "phi3"]
+    assert [name_that_fits(name, llama) for name in names] == ["run-1", "my-phi_3-run", "phi_3"]
 
 
 @functools.cache
@@ -100,7 +198,7 @@ def promiscuous_entries(pre: str) -> list:
     pairs = [pair for pair in pairs if "".join(pair) in parts]  # whole words without merges: ignore_merges shows
     backend = Tokenizer(models.BPE(vocab=model["vocab"], merges=pairs, ignore_merges=row.ignore_merges))
     backend.add_special_tokens([*tok.all_special_tokens, "<|im_start|>"])
-    backend.pre_tokenizer, backend.decoder = tokenizer._pipeline(row), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = tokenizer._pipeline(row.splits), decoders.ByteLevel()
     named = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>")
     entries = gguf_metadata(named, 1000)
     assert as_metadata(entries)["tokenizer.ggml.pre"] == row.names[0]
@@ -143,10 +241,11 @@ def test_smollm2_is_written_as_it_was_read():
 @pytest.mark.parametrize("name", TINY)
 def test_a_round_trip_through_gguf_metadata_keeps_everything(name):
     original = tiny.tiny_tokenizer(name)
-    entries = gguf_metadata(original, tiny.VOCAB_SIZE)
+    entries = entries_of(name)
     again = from_gguf(as_metadata(entries))
-    assert gguf_metadata(again, tiny.VOCAB_SIZE) == entries
-    assert again.get_vocab() == original.get_vocab()
+    assert gguf_metadata(again, tiny.VOCAB_SIZE) == entries[1:]
+    spaced = {"▁" * n for n in range(2, 8)} if name == "gemma" else set()
+    assert again.get_vocab() == {t.replace("▁", " ") if t in spaced else t: i for t, i in original.get_vocab().items()}
     for role in ("bos", "eos", "pad", "unk"):
         assert getattr(again, f"{role}_token_id") == getattr(original, f"{role}_token_id"), role
     chat = [{"role": "user", "content": "Hi 12345!"}, {"role": "assistant", "content": "Well."}]
@@ -154,13 +253,32 @@ def test_a_round_trip_through_gguf_metadata_keeps_everything(name):
     for text in TORTURE:
         ids = again(text).input_ids
         assert again.decode(ids) == original.decode(ids), text
-        if name != "spm" or not _is_after_special(text):
+        if _is_alike(name, text):
             assert ids == original(text).input_ids, text
 
 
-def _is_after_special(text: str) -> bool:
-    """Where the two conventions of SentencePiece models differ: a space after a special token, and a leading one."""
-    return text.startswith(" ") or any(token in text for token in ("<s>", "</s>", "<unk>"))
+def _is_alike(name: str, text: str) -> bool:
+    """Whether a folder's tokenizer and llama.cpp are to agree on this text."""
+    if name == "spm":  # newer tokenizer.json put no second space in front of a space, llama.cpp does
+        return not text.startswith((" ", "▁")) and not any(token in text for token in ("<s> ", "</s> ", "<unk> "))
+    if name == "gemma":  # "▁▁" is written for two spaces, as llama.cpp's converter does
+        return "▁▁" not in text
+    if name in ("tekken", "phi4"):  # llama.cpp's approximation: marks, and capitals beyond ASCII
+        return not any(unicodedata.category(c) in ("Mn", "Mc", "Me", "Lu", "Lt") for c in text if c > "\x7f")
+    return True
+
+
+@pytest.mark.parametrize("name", ["tekken", "phi4"])
+def test_what_llama_cpp_only_approximates_is_cut_by_the_familys_own_regex_in_a_folder(name, tmp_path):
+    original = tiny.tiny_tokenizer(name)
+    original.save_pretrained(tmp_path)
+    texts = ["ПриВЕТ", "हिन्दी", "École e\u0301té"]
+    assert [load(folder_of(tmp_path))(text).input_ids for text in texts] == [original(text).input_ids for text in texts]
+    read = from_gguf(as_metadata(entries_of(name)))
+    cuts = [[tok.backend_tokenizer.pre_tokenizer.pre_tokenize_str(t) for t in texts] for tok in (original, read)]
+    assert cuts[0] != cuts[1]
+    # a folder that was saved from a GGUF cuts as llama.cpp does, and is known as well
+    assert as_metadata(gguf_metadata(read, tiny.VOCAB_SIZE)) == as_metadata(entries_of(name)[1:])
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -201,7 +319,7 @@ def test_a_vocabulary_saved_and_loaded_again(tmp_path):
     metadata["tokenizer.ggml.eot_token_id"] = metadata["tokenizer.ggml.tokens"].index("<|end_header_id|>")
     tok = from_gguf(metadata)
     tok.save_pretrained(tmp_path)
-    again = load(SimpleNamespace(kind="safetensors", folder=tmp_path, files=()))
+    again = load(folder_of(tmp_path))
     assert [again(text).input_ids for text in TORTURE] == [tok(text).input_ids for text in TORTURE]
     assert end_of_turn_ids(again) == end_of_turn_ids(tok)
     assert again.chat_template == tok.chat_template
@@ -210,12 +328,10 @@ def test_a_vocabulary_saved_and_loaded_again(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [("llama", "llama"), ("llama", "smollm"), ("llama", "spm"), ("qwen2", "qwen2")]
-)
+@pytest.mark.parametrize(("family", "name"), [("qwen2" if name == "qwen2" else "llama", name) for name in TINY])
 def test_a_folder_is_read_word_for_word(family, name, tmp_path):
     tiny.save_tiny(tmp_path, family, tokenizer=name)
-    tok = load(SimpleNamespace(kind="safetensors", folder=tmp_path, files=()))
+    tok = load(folder_of(tmp_path))
     original = tiny.tiny_tokenizer(name)
     assert [tok(text).input_ids for text in TORTURE] == [original(text).input_ids for text in TORTURE]
     assert (tok.eos_token, tok.chat_template) == (original.eos_token, original.chat_template)
@@ -229,7 +345,7 @@ def test_the_class_that_a_folder_declares_does_not_matter(declared, tmp_path):
     tiny.save_tiny(tmp_path, "llama", tokenizer="smollm")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": declared}))
-    tok = load(SimpleNamespace(kind="safetensors", folder=tmp_path, files=()))
+    tok = load(folder_of(tmp_path))
     assert [tok(t).input_ids for t in TORTURE] == [tiny.tiny_tokenizer("smollm")(t).input_ids for t in TORTURE]
     pieces = tok.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 123")  # AutoTokenizer gives "Ġ123" for the first
     assert [piece for piece, _ in pieces] == ["a", "Ġ", "1", "2", "3"]
@@ -239,11 +355,60 @@ def test_a_folder_with_tokenizer_model_alone(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(tiny.spm_model())
     added = {"420": {"content": "<|user|>", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, "chat_template": "x"}))
-    tok = load(SimpleNamespace(kind="safetensors", folder=tmp_path, files=()))
+    tok = load(folder_of(tmp_path))
     model = sentencepiece.SentencePieceProcessor(model_proto=tiny.spm_model())
     plain = [text for text in TORTURE if "<" not in text]
     assert [tok(text).input_ids for text in plain] == [[1, *model.encode(text)] for text in plain]
     assert (tok("<|user|>").input_ids, tok.chat_template, tok.eos_token) == ([1, 420], "x", "</s>")
+
+
+@pytest.mark.parametrize("name", tiny.SPM_TOKENIZERS)
+def test_tokenizer_model_alone_gives_the_ids_of_tokenizer_json_and_of_sentencepiece(name, tmp_path):
+    original = tiny.tiny_tokenizer(name)
+    original.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    decoder = {
+        i: {key: getattr(token, key) for key in ("content", "special", "rstrip")}
+        for i, token in original.added_tokens_decoder.items()
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": decoder}))
+    (tmp_path / "tokenizer.model").write_bytes(tiny.spm_model(name))
+    tok = load(folder_of(tmp_path))
+    model = sentencepiece.SentencePieceProcessor(model_proto=tiny.spm_model(name))
+    plain = [text for text in TORTURE if "<" not in text and "[" not in text]
+    assert len(plain) > 12
+    assert [tok(t, add_special_tokens=False).input_ids for t in plain] == [model.encode(t) for t in plain]
+    alike = [text for text in TORTURE if _is_alike(name, text)]
+    assert [tok(text).input_ids for text in alike] == [original(text).input_ids for text in alike]
+    assert (tok.chat_template, tok.eos_token, tok.bos_token) == (
+        original.chat_template,
+        original.eos_token,
+        original.bos_token,
+    )
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("name", tiny.SPM_TOKENIZERS)
+def test_tokenizer_model_alone_is_written_as_llama_cpp_reads_it(name, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tiny.spm_model(name))
+    entries = gguf_metadata(load(folder_of(tmp_path)), tiny.VOCAB_SIZE)
+    path = tiny.write_gguf(tmp_path / "tiny.gguf", small_model(tiny.VOCAB_SIZE), entries=entries)
+    assert differences(from_gguf(file_metadata(path)), path) == []
+
+
+def test_a_sentencepiece_models_own_types_and_scores():
+    """Gemma's runs of newlines and spaces are user-defined pieces; sentencepiece's Python does not say so."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=tiny.spm_model("gemma"))
+    pieces = tokenizer._pieces(model.serialized_model_proto())
+    assert [(text, score) for text, score, _ in pieces] == [
+        (model.id_to_piece(i), model.get_score(i)) for i in range(len(model))
+    ]
+    checks = {TokenType.CONTROL: model.is_control, TokenType.UNKNOWN: model.is_unknown, TokenType.BYTE: model.is_byte}
+    for kind, check in checks.items():
+        assert [i for i, piece in enumerate(pieces) if piece[2] == kind] == [i for i in range(len(model)) if check(i)]
+    own = [text for text, _, kind in pieces if kind == TokenType.USER_DEFINED]
+    assert own == tiny.SPM_TOKENIZERS["gemma"]["trainer"]["user_defined_symbols"]
 
 
 def test_a_unigram_sentencepiece_model_is_refused(tmp_path):
@@ -256,7 +421,7 @@ def test_a_unigram_sentencepiece_model_is_refused(tmp_path):
         minloglevel=2,
     )
     with pytest.raises(QmicaError, match="is not of Llama's kind of SentencePiece"):
-        load(SimpleNamespace(kind="safetensors", folder=tmp_path, files=()))
+        load(folder_of(tmp_path))
 
 
 def test_a_folder_with_vocab_and_merges(tmp_path):
@@ -267,20 +432,20 @@ def test_a_folder_with_vocab_and_merges(tmp_path):
     )
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    tok = load(SimpleNamespace(kind="safetensors", folder=tmp_path, files=()))
+    tok = load(folder_of(tmp_path))
     plain = [text for text in TORTURE if "<" not in text and "\u0301" not in text]
     assert [tok(t).input_ids for t in plain] == [tiny.tiny_tokenizer("qwen2")(t).input_ids for t in plain]
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(QmicaError, match=r"has no tokenizer: one of tokenizer\.json, tokenizer\.model, or vocab\.json"):
-        load(SimpleNamespace(kind="safetensors", folder=tmp_path, files=()))
+        load(folder_of(tmp_path))
 
 
 def test_a_broken_tokenizer_json_is_an_error_of_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(QmicaError, match=r"^the tokenizer in .* cannot be read \(.*\); download it again$"):
-        load(SimpleNamespace(kind="safetensors", folder=tmp_path, files=()))
+        load(folder_of(tmp_path))
 
 
 def test_a_gguf_is_read_by_its_own_vocabulary(tmp_path):
@@ -304,10 +469,10 @@ def test_end_of_turn_ids():
 @needs_llamacpp
 @pytest.mark.parametrize("name", TINY)
 def test_llama_cpp_stops_at_every_end_of_turn(name, tmp_path):
-    path = tiny.write_gguf(tmp_path / "tiny.gguf", small_model(tiny.VOCAB_SIZE), tokenizer=name)
+    path = tiny.write_gguf(tmp_path / "tiny.gguf", small_model(tiny.VOCAB_SIZE), entries=entries_of(name))
     with llamacpp.Llama(path, context=512, threads=1) as llama:
         stops = {i for i in range(tiny.VOCAB_SIZE) if llama.is_end(i)}
-    assert stops == end_of_turn_ids(tiny.tiny_tokenizer(name))
+    assert stops == end_of_turn_ids(tiny.tiny_tokenizer(name)) == end_of_turn_ids(from_gguf(file_metadata(path)))
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -321,7 +486,7 @@ def changed(**entries) -> dict:
 @pytest.mark.parametrize(
     ("entries", "text"),
     [
-        ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken', which qmica does not know; known are llama-bpe"),
+        ({"pre": "kimi-k2"}, "tokenizer.ggml.pre is 'kimi-k2', which qmica does not know; known are llama-bpe"),
         ({"pre": "default"}, "does not say how its tokenizer cuts text"),
         ({"pre": None}, "does not say how its tokenizer cuts text"),
         ({"model": "bert"}, "tokenizer is of kind 'bert'; qmica knows 'gpt2' and 'llama'"),
@@ -337,6 +502,49 @@ def changed(**entries) -> dict:
 def test_ggufs_that_cannot_be_read_are_refused(entries, text):
     with pytest.raises(QmicaError, match=text):
         from_gguf(changed(**entries))
+
+
+def test_a_vocabulary_without_real_scores_is_refused():
+    """What a converter writes that sees a tokenizer.json alone: -1000 for every token; llama.cpp merges leftmost."""
+    metadata = as_metadata(entries_of("spm"))
+    with pytest.raises(QmicaError, match=r"only 1 different scores for .* merged tokens: it was converted"):
+        from_gguf(with_scores(metadata, [-1000.0] * tiny.VOCAB_SIZE))
+
+
+def test_a_vocabulary_of_padding_only_is_an_error_of_one_line():
+    with pytest.raises(QmicaError, match="merges do not fit its 1 tokens"):
+        from_gguf(changed(tokens=["[PAD0]", "[PAD1]"], token_type=[int(TokenType.UNUSED)] * 2))
+
+
+def test_of_two_equal_merges_the_first_counts():
+    merges = changed()["tokenizer.ggml.merges"]
+    twice = from_gguf(changed(merges=[*merges, *merges[:20]]))
+    assert [twice(t).input_ids for t in TORTURE] == [from_gguf(changed())(t).input_ids for t in TORTURE]
+
+
+@pytest.mark.parametrize(
+    ("entries", "text"),
+    [
+        ({"tokens": [1, 2, 3]}, "tokenizer.ggml.tokens is no list of str"),
+        ({"tokens": "abc"}, "tokenizer.ggml.tokens is no list of str"),
+        ({"token_type": ["a"] * tiny.VOCAB_SIZE}, "tokenizer.ggml.token_type is no list of int"),
+        ({"merges": [b"a \xff"]}, "tokenizer.ggml.merges is no list of str"),
+        ({"model": "llama", "scores": ["a"] * tiny.VOCAB_SIZE}, "tokenizer.ggml.scores is no list of int"),
+        ({"model": "llama", "scores": 7}, "tokenizer.ggml.scores is no list of int"),
+        (
+            {"model": "llama", "tokens": ["a" * 40_000, "b"], "token_type": [1, 1], "scores": [0.0, 1.0]},
+            "tokens of up to 40000 characters",
+        ),
+    ],
+)
+def test_things_of_another_kind_are_an_error_of_one_line(entries, text):
+    with pytest.raises(QmicaError, match=text):
+        from_gguf(changed(**entries))
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "padding_token_id", "eot_token_id"])
+def test_a_special_id_that_is_no_number_is_ignored(key):
+    assert len(from_gguf(changed(**{key: "x"}))) == len(tiny.tiny_tokenizer("qwen2"))
 
 
 def test_special_ids_beyond_the_vocabulary_are_ignored():
@@ -371,6 +579,28 @@ def test_tokenizers_that_a_gguf_cannot_express_are_refused(tok, text):
         gguf_metadata(tok(), tiny.VOCAB_SIZE)
 
 
+def test_ignore_merges_may_differ_where_it_changes_nothing():
+    """Vocabularies made of tiktoken's ranks say ignore_merges; where every token has its merges that is no difference."""
+    phi4 = tiny.tiny_tokenizer("phi4")
+    phi4.backend_tokenizer.model.ignore_merges = True
+    assert as_metadata(gguf_metadata(phi4, tiny.VOCAB_SIZE))["tokenizer.ggml.pre"] == "gpt-4o"
+    tekken = tiny.tiny_tokenizer("tekken")
+    tekken.backend_tokenizer.model.ignore_merges = False  # "Ġunmergeable" has no merges
+    with pytest.raises(QmicaError, match="cuts text into words has no name in GGUF"):
+        gguf_metadata(tekken, tiny.VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "pre"),
+    [
+        *[("llama", "llama-bpe"), ("qwen2", "qwen2"), ("smollm", "smollm"), ("granite", "smollm"), ("olmo2", "dbrx")],
+        *[("smollm3", "llama-bpe"), ("tekken", "tekken"), ("phi4", "gpt-4o")],
+    ],
+)
+def test_the_name_of_each_familys_cut(name, pre):
+    assert as_metadata(entries_of(name))["tokenizer.ggml.pre"] == pre
+
+
 def test_nfc_is_allowed_as_llama_cpps_converter_allows_it():
     tok = backend_with(normalizer=normalizers.NFC())
     assert as_metadata(gguf_metadata(tok, tiny.VOCAB_SIZE))["tokenizer.ggml.pre"] == "qwen2"
@@ -382,7 +612,9 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
 
 
 def test_rows_are_told_apart_by_the_probe():
-    pieces = {tuple(p for p, _ in tokenizer._pipeline(row).pre_tokenize_str(tokenizer.PROBE)) for row in PRE_TOKENIZERS}
+    pieces = {
+        tuple(p for p, _ in tokenizer._pipeline(row.splits).pre_tokenize_str(tokenizer.PROBE)) for row in PRE_TOKENIZERS
+    }
     assert len(pieces) == len({row.splits for row in PRE_TOKENIZERS})
     assert len(NAMES) == len(set(NAMES))
 

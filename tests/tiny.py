@@ -4,10 +4,13 @@ A tiny model has two layers of width 64 and random weights scaled until its outp
 with random norms and biases and no multiplier at its default: on quiet models (init 0.02) a forgotten q/k permutation
 changes the output by 8e-7 and no test would see it. A tiny tokenizer is really trained on TEXT with its family's own
 pre-tokenizer, special tokens and chat template; `smollm` splits digits, `llama` (Llama 3) has a word without merges,
-so that ignore_merges shows, and `spm` is a SentencePiece model with byte fallback (Llama 2, TinyLlama).
+so that ignore_merges shows, and `spm` is a SentencePiece model with byte fallback (Llama 2, TinyLlama). Byte-level BPE
+are also qwen2, granite, olmo2, smollm3, tekken (Mistral Nemo) and phi4 (Phi-4-mini); SentencePiece are mistral (v3,
+with control tokens in the model), phi3 (tokens added that swallow spaces) and gemma (runs of spaces and newlines as
+tokens, no space in front).
 
     model = tiny_model("llama", seed=1, num_hidden_layers=3)       # fp32, eval mode
-    tokenizer = tiny_tokenizer("qwen2")                            # or llama, smollm, spm
+    tokenizer = tiny_tokenizer("qwen2")                            # any of TOKENIZERS
     save_tiny(folder, "llama", tokenizer="spm", **WIDE)            # a complete Hugging Face folder
 """
 
@@ -18,11 +21,12 @@ import math
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaTokenizer,
     GenerationConfig,
     GraniteConfig,
     LlamaConfig,
@@ -91,10 +95,39 @@ ZEPHYR_CHAT = (
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ROLES_CHAT = (
+    "{% for message in messages %}{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content']"
+    " + '<|end_of_text|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
+INST_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + '[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+PHI_CHAT = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+GEMMA_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else"
+    " message['role']) + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+# tekken and gpt-4o: a word ends where a capital follows a small letter
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+START, ENDING = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = rf"{START}{UPPER}*{LOWER}+|{START}{UPPER}+{LOWER}*|\p{{N}}" + CASED_REST
+GPT4O = rf"{START}{UPPER}*{LOWER}+{ENDING}|{START}{UPPER}+{LOWER}*{ENDING}|\p{{N}}{{1,3}}" + CASED_REST
 
 
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    parts = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+def _split(pattern: str, behavior: str = "isolated", invert: bool = False) -> pre_tokenizers.PreTokenizer:
+    parts = [
+        pre_tokenizers.Split(Regex(pattern), behavior, invert),
+        pre_tokenizers.ByteLevel(False, use_regex=False),
+    ]
     return pre_tokenizers.Sequence(parts)
 
 
@@ -138,12 +171,61 @@ BPE_TOKENIZERS = {
         "adds_bos": False,
         "template": CHATML,
     },
+    "granite": {
+        "pre": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False, use_regex=True)]),
+        "first": ["<|end_of_text|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<reponame>"],
+        "last": ["<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"],
+        "whole_words": [],
+        "roles": dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|end_of_text|>"),
+        "adds_bos": False,
+        "template": ROLES_CHAT,
+    },
+    "olmo2": {
+        "pre": _split(WORDS + r"\p{N}{1,3}" + REST, "removed", invert=True),
+        "first": [],
+        "last": ["<|extra_id_0|>", "<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|pad|>"],
+        "whole_words": [],
+        "roles": {
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+            "pad_token": "<|pad|>",
+        },
+        "adds_bos": False,
+        "template": ZEPHYR_CHAT,
+    },
+    "smollm3": {
+        "pre": _split(WORDS + r"\p{N}{1,3}" + REST),
+        "first": [],
+        "last": ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"],
+        "whole_words": ["Ġunmergeable"],
+        "roles": {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
+        "adds_bos": False,
+        "template": CHATML,
+    },
+    "tekken": {
+        "pre": _split(TEKKEN),
+        "first": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"],
+        "last": [],
+        "whole_words": ["Ġunmergeable"],
+        "roles": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "adds_bos": True,
+        "template": INST_CHAT,
+    },
+    "phi4": {
+        "pre": _split(GPT4O, "removed", invert=True),
+        "first": [],
+        "last": ["<|endoftext|>", "<|endofprompt|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"],
+        "whole_words": [],
+        "roles": dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+        "adds_bos": False,
+        "template": PHI_CHAT,
+    },
 }
 
 
 def default_tokenizer(family: str) -> str:
     """The kind of tokenizer that a family's tiny model is saved with."""
-    return {"llama": "llama", "mistral": "spm"}.get(family, "qwen2")
+    named = {"qwen3": "qwen2", "gemma2": "gemma", "gemma3": "gemma"}.get(family, family)
+    return named if named in TOKENIZERS else "qwen2"
 
 
 @functools.cache
@@ -173,8 +255,53 @@ def _bpe_json(name: str) -> str:
     return tokenizer.to_str()
 
 
+# what each SentencePiece family's trainer was told, and what its tokenizer.json adds
+SPM_TOKENIZERS = {
+    "spm": {"trainer": {}, "prepends": False, "roles": {}, "added": [], "template": ZEPHYR_CHAT},
+    "mistral": {
+        "trainer": {"control_symbols": ["[INST]", "[/INST]", "[TOOL_CALLS]", "[control_8]"]},
+        "prepends": True,
+        "roles": {},
+        "added": [],
+        "template": INST_CHAT,
+    },
+    "phi3": {
+        "trainer": {},
+        "prepends": True,
+        "roles": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+        "added": [
+            AddedToken("<|endoftext|>", special=True, normalized=False),
+            AddedToken("</s>", special=False, normalized=False, rstrip=True),
+            *(
+                AddedToken(f"<|{name}|>", special=True, normalized=False, rstrip=True)
+                for name in ("assistant", "placeholder1", "end", "system", "user")
+            ),
+        ],
+        "template": PHI_CHAT,
+    },
+    "gemma": {
+        "trainer": {
+            "add_dummy_prefix": False,
+            **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},
+            **{"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
+            "user_defined_symbols": [
+                *("<mask>", "[@BOS@]", "<unused0>", "<start_of_turn>", "<end_of_turn>"),
+                *("\n" * n for n in range(1, 6)),
+                *("▁" * n for n in range(2, 8)),
+                *("<table>", "</table>", "\t\t"),
+            ],
+        },
+        "prepends": False,
+        "roles": {},
+        "added": [],
+        "template": GEMMA_CHAT,
+    },
+}
+TOKENIZERS = (*BPE_TOKENIZERS, *SPM_TOKENIZERS)
+
+
 @functools.cache
-def spm_model() -> bytes:
+def spm_model(name: str = "spm") -> bytes:
     """The bytes of a tokenizer.model trained on TEXT: SentencePiece BPE, byte fallback, identity normalization."""
     import sentencepiece
 
@@ -191,26 +318,38 @@ def spm_model() -> bytes:
         split_digits=True,
         num_threads=1,
         minloglevel=2,
+        **SPM_TOKENIZERS[name]["trainer"],
     )
     return out.getvalue()
 
 
-def _spm_tokenizer() -> PreTrainedTokenizerFast:
+def _spm_tokenizer(name: str) -> PreTrainedTokenizerFast:
     import sentencepiece
 
-    model = sentencepiece.SentencePieceProcessor(model_proto=spm_model())
+    row, model = SPM_TOKENIZERS[name], sentencepiece.SentencePieceProcessor(model_proto=spm_model(name))
     pieces = [model.id_to_piece(i) for i in range(len(model))]
     scores = {piece: model.get_score(i) for i, piece in enumerate(pieces) if not model.is_control(i)}
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    return LlamaTokenizer(
-        vocab=vocab, merges=generate_merges(vocab, scores), add_bos_token=True, chat_template=ZEPHYR_CHAT, legacy=True
-    )
+    options = {"vocab": vocab, "merges": generate_merges(vocab, scores), "add_bos_token": True, **row["roles"]}
+    if name == "gemma":
+        tokenizer = GemmaTokenizer(chat_template=row["template"], **options)
+    else:
+        tokenizer = LlamaTokenizer(chat_template=row["template"], legacy=True, **options)
+    backend = tokenizer.backend_tokenizer
+    if row["prepends"]:  # as older tokenizer.json do it
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    control, own = (row["trainer"].get(key, []) for key in ("control_symbols", "user_defined_symbols"))
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in control], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in own])
+    tokenizer.add_tokens(row["added"])
+    return tokenizer
 
 
 def tiny_tokenizer(name: str = "llama") -> PreTrainedTokenizerFast:
-    """A trained tokenizer of about 400 tokens: llama (Llama 3), qwen2, smollm: byte-level BPE; spm: SentencePiece."""
-    if name == "spm":
-        return _spm_tokenizer()
+    """A trained tokenizer of about 400 tokens, of TOKENIZERS: byte-level BPE, or SentencePiece."""
+    if name in SPM_TOKENIZERS:
+        return _spm_tokenizer(name)
     row = BPE_TOKENIZERS[name]
     tokenizer = Tokenizer.from_str(_bpe_json(name))
     return PreTrainedTokenizerFast(
@@ -350,7 +489,7 @@ def save_tiny(
 ):
     """Write config.json, model.safetensors, generation_config.json and the tokenizer's files to `folder`; its Path.
 
-    tokenizer: a name for tiny_tokenizer (default: the family's own); spm writes tokenizer.model as well.
+    tokenizer: a name for tiny_tokenizer (default: the family's own); SentencePiece ones write tokenizer.model as well.
     """
     folder = Path(folder)
     name = tokenizer or default_tokenizer(family)
@@ -361,8 +500,8 @@ def save_tiny(
     transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
-    if name == "spm":
-        (folder / "tokenizer.model").write_bytes(spm_model())
+    if name in SPM_TOKENIZERS:
+        (folder / "tokenizer.model").write_bytes(spm_model(name))
     return folder
 
 
