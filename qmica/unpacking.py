@@ -6,9 +6,9 @@ llamacpp.library(), GIL released, large pieces on several threads), without that
 the same at a tenth of the speed. On a GPU it is torch code, transformers' where that has it
 (transformers/integrations/gguf/dequant.py), in row chunks, as its temporaries are several times what comes out.
 
-Measured on one busy 2.5 GHz core (AVX2), million weights a second, C and numpy: Q4_K 2200, 104; Q5_K 1400, 79; Q6_K 450,
-114; Q8_0 2100, 310; Q4_1 950, 131; Q2_K 1000, 167; IQ4_XS 900, 45; IQ2_XXS 270, 33; bitsandbytes' NF4 900. Rows that are
-picked cost a copy of their bytes: Q4_K 1600 for 2000.
+Measured on one busy 2.5 GHz core (AVX2), million weights a second, C and numpy: Q4_K 2200, 104; Q5_K 1400, 79; Q6_K
+450, 114; Q8_0 2100, 310; Q4_1 950, 131; Q2_K 1000, 167; IQ4_XS 900, 45; IQ2_XXS 270, 33; bitsandbytes' NF4 900. Rows
+that are picked cost a copy of their bytes: Q4_K 1600 for 2000.
 
 What it gives up: types that one of the three cannot unpack (TQ, MXFP4, NVFP4).
 """

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import DOCUMENTS
-from tiny import WIDE, save_tiny, tiny_model, write_gguf
+from tiny import TEXT, WIDE, save_tiny, tiny_model, write_gguf
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -35,6 +35,7 @@ from qmica import (
     unpacking,
     window,
 )
+from qmica import weights as files
 from qmica.config import AdapterConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
@@ -47,10 +48,10 @@ CPU = torch.device("cpu")
 MIXED = (T.Q4_K, T.Q6_K, T.Q2_K, T.Q5_0, T.Q3_K, T.Q8_0, T.Q5_K, T.Q4_1, T.Q5_1, T.Q4_0, T.F16)
 
 
-def requantized(path, out, types):
+def requantized(path, out, types, **options):
     """A GGUF again with its matrices, in the file's order, in these types, over and over."""
     file, types = GGUFFile.open(path), itertools.cycle(types)
-    writer = gguf.GGUFWriter(out, file.architecture)
+    writer = gguf.GGUFWriter(out, file.architecture, **options)
     for key, value in file.metadata.items():
         if key != "general.architecture":
             writer.add_key_value(key, value, *file.kinds[key])
@@ -137,6 +138,30 @@ def test_logits_are_those_of_the_dequantized_weights(kind, request):
     assert apart < 1e-5
     head = loss.Head.of(ours)
     assert type(head) is loss.Head, "the packed head gives the model's own logits"
+
+
+def test_parts_are_mapped_each(mixed, tmp_path):
+    requantized(mixed, tmp_path / "m.gguf", MIXED, split_max_tensors=8)
+    path = tmp_path / "m-00001-of-00003.gguf"
+    network, weights = loaded(path), open_weights(source.resolve(str(path)))
+    assert len(network.qmica_maps) == 3
+    for name, module in network.named_modules():
+        if quant.is_linear(module):
+            assert torch.equal(quant.dequantize(module), weights[f"{name}.weight"].load(torch.float32)), name
+            assert sum(mapped.place(module.weight.data) is not None for mapped in network.qmica_maps) == 1
+
+
+def test_without_a_map_the_blocks_are_copied(mixed, monkeypatch):
+    monkeypatch.setattr(files, "_map", lambda path: None)
+    network, ids = loaded(mixed), random_ids(loaded(mixed))
+    assert network.qmica_maps == ()
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert torch.equal(network(input_ids=ids).logits, loaded(mixed)(input_ids=ids).logits)
+    with pytest.raises(
+        QmicaError, match=r"^--stream disk: the weights of .* are held in memory, not mapped: use .*gguf"
+    ):
+        window.attach(network)
 
 
 def test_an_embedding_that_scales_keeps_its_scale():
@@ -412,7 +437,15 @@ def test_llama_computes_the_loss_that_training_reports(smollm2_gguf, tmp_path, c
     assert found["llama base"] - found["llama tuned"] > 0.1 * found["llama base"], "the adapter does too little to tell"
 
 
-# measured: see each line printed
+def test_in_fp32_llama_cpp_reads_the_same_text(tmp_path):
+    """Of weights that nothing rounds, the loss is the same to what fp32 sums allow: it is of the very same tokens."""
+    whole = write_gguf(tmp_path / "f32.gguf", tiny_model("llama"))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    said = qmica.eval(model=str(whole), bits="gguf", dtype="fp32", data=str(tmp_path / "text.txt"), gguf=(whole,))
+    ours, theirs = (row["loss"] for row in said["scores"])
+    assert ours == pytest.approx(theirs, rel=1e-6) and said["tokens"] > 400
+
+
 ALL_OF = {"Q4_K": T.Q4_K, "Q6_K": T.Q6_K, "Q2_K": T.Q2_K, "Q5_0": T.Q5_0, "mixed": MIXED}
 
 
