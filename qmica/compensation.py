@@ -63,7 +63,11 @@ def compensated(
         # of the whole linear: one with an adapter does not call its base, it multiplies with its weight
         return network.get_submodule(path).register_forward_pre_hook(meet)
 
-    quantized = {name.removesuffix(".base"): part for name, part in network.named_modules() if quant.bits_of(part) < 16}
+    quantized = {
+        name.removesuffix(".base"): part
+        for name, part in network.named_modules()
+        if quant.FORMATS[quant.bits_of(part)].quantizes
+    }
     hooks = [follow(path, part) for path, part in quantized.items() if f"{path}.weight" not in weights.packed]
     with torch.no_grad():
         loss.hidden_states(network, row.input_ids, row.position_ids)

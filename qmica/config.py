@@ -56,8 +56,8 @@ class ModelConfig:
     """An alias (see `qmica models`), a hub id, a folder of safetensors, or a GGUF file."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    bits: Literal[4, 8, 16] = 4
-    """How the frozen weights are held: 4 = NF4, 8 = int8, 16 = bf16."""
+    bits: Literal[4, 8, 16, "gguf"] = 4
+    """How the frozen weights are held: 4 = NF4, 8 = int8, 16 = bf16, gguf = the GGUF's own blocks, as they are."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """What the arithmetic is done in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
     device: str = "auto"
@@ -308,7 +308,7 @@ class EvalConfig:
     scale: float = 1.0
     """How much of the run's adapter is used: below 1 less is forgotten, and less is known."""
     gguf: tuple[Path, ...] = ()
-    """GGUF files asked the same questions through llama.cpp; FILE+ADAPTER.gguf puts an adapter on a file."""
+    """GGUF files asked the same in llama.cpp (the text where --data is given); FILE+ADAPTER.gguf puts an adapter on."""
 
     def __post_init__(self):
         object.__setattr__(self, "data", _as_tuple(self.data))

@@ -1,7 +1,8 @@
 """What this machine can do: versions, devices, memory, and whether each engine really works.
 
-How: nothing is believed because it imports. bitsandbytes quantizes a small linear and takes its gradient, ggml packs
-and unpacks Q4_K, and llama.cpp runs a GGUF of one layer that is written for it, whose logits numpy computes as well.
+How: nothing is believed because it imports. bitsandbytes quantizes a small linear and takes its gradient, so does a
+linear of a GGUF's own blocks, ggml packs and unpacks Q4_K, and llama.cpp runs a GGUF of one layer that is written for
+it, whose logits numpy computes as well.
 Each error is compared with the one that the format has on normal noise, each check is timed and stands alone: a
 broken one costs its own line and a hint.
 
@@ -27,6 +28,7 @@ from rich.console import Console
 
 from qmica import durable, ggml, llamacpp, quant
 from qmica.errors import QmicaError
+from qmica.unpacking import Blocks
 
 PACKAGES = (
     *(
@@ -43,8 +45,8 @@ PACKAGES = (
     *("datasets", "huggingface_hub", "tokenizers", "numpy", "cyclopts", "rich", "peft", "trl"),
 )
 # Relative errors (Frobenius) on 64 x 256 normal weights, over 20 seeds: NF4 with double quantization 0.0909 to 0.0927,
-# int8 0.0067 to 0.0071, Q4_K 0.0704 to 0.0721. The bounds are some 15 % around.
-NF4_ERROR, INT8_ERROR, Q4_K_ERROR = (0.08, 0.11), (0.0055, 0.0085), (0.061, 0.085)
+# int8 0.0067 to 0.0071, Q4_K 0.0704 to 0.0721, Q8_0 0.0053 to 0.0054. The bounds are some 15 % around.
+NF4_ERROR, INT8_ERROR, Q4_K_ERROR, Q8_0_ERROR = (0.08, 0.11), (0.0055, 0.0085), (0.061, 0.085), (0.0045, 0.0062)
 OUT, COLUMNS = 64, 256
 
 
@@ -118,28 +120,48 @@ def _gpu(number: int) -> dict:
 
 
 def checks() -> list[Check]:
-    """Everything that is tried here: bitsandbytes on each device, ggml, llama.cpp."""
+    """Everything that is tried here: bitsandbytes and a GGUF's blocks on each device, ggml, llama.cpp."""
     devices = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     reinstall = "pip install --force-reinstall bitsandbytes; training with --bits 16 does without"
     formats = {"NF4": (4, NF4_ERROR), "int8": (8, INT8_ERROR)}
     quantizers = [
-        Check(f"bitsandbytes {name} on {device}", lambda b=bits, e=error, d=device: _try_linear(b, e, d), reinstall)
+        Check(
+            f"bitsandbytes {name} on {device}",
+            partial(_try_linear, partial(_quantized, bits), error, device),
+            reinstall,
+        )
         for device in devices
         for name, (bits, error) in formats.items()
     ]
     llama = f"{llamacpp.INSTALL}; without it there is no chat with a GGUF and no K-quant, but --quant Q8_0 works"
     return [
         *quantizers,
+        *(
+            Check(f"GGUF Q8_0 on {device}", partial(_try_linear, _blocks, Q8_0_ERROR, device), GGUF_HINT)
+            for device in devices
+        ),
         Check("ggml Q4_K", _try_ggml, llama, needed=llamacpp.available()),
         Check("llama.cpp (xllamacpp)", _try_llamacpp, llama, needed=llamacpp.available()),
     ]
 
 
-def _try_linear(bits: int, bounds: tuple[float, float], device: str) -> str:
+GGUF_HINT = "pip install -U gguf transformers xllamacpp; training with other --bits than gguf does without"
+
+
+def _quantized(bits: int, weight: torch.Tensor, device: torch.device) -> torch.nn.Module:
+    return quant.quantize(weight.clone(), None, bits, device)
+
+
+def _blocks(weight: torch.Tensor, device: torch.device) -> torch.nn.Module:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    return quant.from_blocks(Blocks(torch.from_numpy(ggml.quantize(weight.numpy(), kind)), kind), None, device)
+
+
+def _try_linear(make: Callable, bounds: tuple[float, float], device: str) -> str:
     """Quantize, dequantize, and one forward and backward, whose oracle is the dequantized weight."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(OUT, COLUMNS, generator=generator)
-    layer = quant.quantize(weight.clone(), None, bits, torch.device(device))
+    layer = make(weight, torch.device(device))
     held = quant.dequantize(layer).cpu()
     error = _within("the weights are off by", _distance(held, weight), bounds)
     x = torch.randn(8, COLUMNS, generator=generator)

@@ -11,6 +11,7 @@ What it gives up: chat templates, which at this size answer worse from what was 
 against 0.41), and few-shot prompts.
 """
 
+import itertools
 import json
 import math
 import shlex
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from qmica import adapter, allocator, data, loss, model, packing, runs, samples, source, streaming, tokenizer
+from qmica import adapter, allocator, data, loss, model, packing, quant, runs, samples, source, streaming, tokenizer
 from qmica.config import EvalConfig, ModelConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
@@ -200,14 +201,16 @@ def evaluate(
         raise QmicaError(f"--scale {config.scale:g} is for a run: a --model alone has no adapter")
     opened = runs.find(run) if model_config is None else None
     questions = _questions(config, opened)
-    if config.gguf and not questions:
-        raise QmicaError("--gguf asks a file questions, and there are none: give --questions FILE")
+    if config.gguf and not questions and not config.data:
+        raise QmicaError(
+            "--gguf asks a file questions, and there are none: give --questions FILE, or a text with --data"
+        )
     files = [_gguf(spec) for spec in config.gguf]  # what is missing is said before a model is loaded
     network, tokens = _open(opened, model_config, config.scale, say)
     batches = _text(config, tokens, say)
     kinds = {"base": False, "tuned": True} if opened else {"base": False}
     rows = [_score_network(name, network, tuned, tokens, questions, batches, config) for name, tuned in kinds.items()]
-    rows += [_score_gguf(file, extra, questions, config) for file, extra in files]
+    rows += [_score_gguf(file, extra, questions, batches if config.data else [], config) for file, extra in files]
     result = {
         "scores": [asdict(row) for row in rows],
         "questions": len(questions),
@@ -225,7 +228,8 @@ def _open(
     if opened is not None:
         network, tokens = adapter.open_run(opened, scale=scale)
         base = adapter.base_of(network)
-        say(f"{opened.folder}: {base.id} in {base.bits} bits{'' if scale == 1 else f', {scale:g} of the adapter'}")
+        part = "" if scale == 1 else f", {scale:g} of the adapter"
+        say(f"{opened.folder}: {base.id} {quant.FORMATS[base.bits].held}{part}")
         return network, tokens
     if alone.threads:
         torch.set_num_threads(alone.threads)
@@ -266,11 +270,22 @@ def _score_network(name: str, network, tuned: bool, tokens, questions, batches, 
         return Scores(name, mean, math.exp(mean), *_answers(reader, questions, config))
 
 
-def _score_gguf(file: Path, extra: Path | None, questions: list[Question], config: EvalConfig) -> Scores:
-    """A GGUF, or one with an adapter on it, asked in llama.cpp."""
+def _score_gguf(file: Path, extra: Path | None, questions, batches, config: EvalConfig) -> Scores:
+    """A GGUF, or one with an adapter on it, asked in llama.cpp; of the text the very tokens that transformers read."""
     with Llama(file, [(extra, 1.0)] if extra else []) as llama:
         name = file.name + (f" + {extra.name}" if extra else "")
-        return Scores(name, None, None, *_answers(InLlamaCpp(llama), questions, config))
+        mean = llama_loss(llama, batches) if batches else None
+        return Scores(name, mean, mean and math.exp(mean), *_answers(InLlamaCpp(llama), questions, config))
+
+
+def llama_loss(llama: Llama, batches: Sequence[packing.Batch]) -> float:
+    """The mean cross entropy a supervised token over batches in llama.cpp, each document on its own."""
+    total = count = 0
+    for ids, learnt in itertools.chain.from_iterable(map(packing.documents, batches)):
+        (chances,) = llama.log_probabilities(ids[:1], [ids[1:]])
+        total -= chances[learnt[1:]].sum()
+        count += sum(learnt)
+    return float(total) / count
 
 
 def _answers(reader, questions: list[Question], config: EvalConfig) -> tuple[float | None, str | None]:

@@ -353,7 +353,7 @@ def _factors(opened: Opened, base: merging.BaseKind, scale: float) -> tuple[Mapp
             f"--base quantized: the adapter in {opened.adapter.folder} does not say in how many bits its base was "
             "held in training, leave --base out"
         )
-    if bits in (None, 16):
+    if bits is None or not quant.FORMATS[bits].quantizes:
         return trained, []
     seen = quant.FORMATS[bits].name
     if base == "original":

@@ -71,11 +71,12 @@ class Case:
 
     model: on the meta device. modes: one of checkpointing.MODES a decoder layer; None: as --grad-checkpoint says.
     mapped: names of the weights that are pages of a file and not counted. streamed: two decoder layers' weights
-    are held at a time. packed: bytes of the weights that the model's files hold quantized already, by name.
+    are held at a time. packed: bytes of the weights that stay as the model's files hold them, by name. types: a
+    GGUF's, of those.
     """
 
     model: nn.Module
-    bits: int
+    bits: quant.Bits
     adapter: AdapterConfig
     training: TrainingConfig
     rows: Rows
@@ -85,16 +86,18 @@ class Case:
     mapped: Collection[str] = ()
     streamed: bool = False
     packed: Mapping[str, int] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, job: Job, headers: Headers, model: nn.Module, rows: Rows, compute: torch.dtype, device: torch.device
     ) -> "Case":
         """A job's, on the model that these headers are of."""
-        packed = packed_bytes(headers)
+        types = _types(model, headers) if job.model.bits == quant.GGUF else {}
+        packed = {name: headers.tensors[name][1] for name in types} or packed_bytes(headers)
         mapped = _mapped(model, headers, packed, job.model.bits) if device.type == "cpu" else ()
         options = job.model.bits, job.adapter, job.training, rows, compute, device.type
-        return cls(model, *options, mapped=mapped, streamed=job.model.stream != "none", packed=packed)
+        return cls(model, *options, mapped=mapped, streamed=job.model.stream != "none", packed=packed, types=types)
 
     @property
     def config(self):
@@ -149,15 +152,25 @@ class Case:
         return replace(self, rows=replace(self.rows, length=length))
 
 
-def _mapped(model: nn.Module, headers: Headers, packed: Collection[str], bits: int) -> frozenset[str]:
+def _types(model: nn.Module, headers: Headers) -> dict[str, str]:
+    """The types in which a GGUF stores the matrices."""
+    matrices = (name for name, parameter in model.named_parameters() if len(parameter.shape) == 2)
+    return {name: headers.tensors[name][0] for name in matrices if name in headers.tensors}
+
+
+def cached(bits: quant.Bits, packed: Collection[str]) -> bool:
+    """Whether the weights come from the cache of quantized models. packed: those that stay as the files hold them."""
+    return quant.FORMATS[bits].quantizes and not packed
+
+
+def _mapped(model: nn.Module, headers: Headers, packed: Collection[str], bits: quant.Bits) -> frozenset[str]:
     """The matrices that `model.load` maps: all that come from the cache of quantized models; of others those that their
     file has in the type they are held in.
     """
-    cached = bits < 16 and not packed
     bf16 = {name for name, (stored, _) in headers.tensors.items() if stored == "BF16"}
     in_place = {*packed, *(bf16 if headers.source.kind == "safetensors" else ())}
     matrices = [name for name, parameter in model.named_parameters() if len(parameter.shape) == 2]
-    return frozenset(name for name in matrices if cached or name in in_place)
+    return frozenset(name for name in matrices if cached(bits, packed) or name in in_place)
 
 
 @dataclass(frozen=True)
@@ -194,7 +207,7 @@ def longest(fits: Callable[[int], bool], limit: int) -> int:
 
 def weights_bytes(case: Case) -> float:
     """The frozen weights as they are held, wherever that is: linears of decoder layers in --bits or as the files have
-    them, embeddings and head in 16 bits, norms and biases in the compute dtype.
+    them, embeddings and head in 16 bits (or as the GGUF has them), norms and biases in the compute dtype.
     """
     return sum(size for _, size in _held_weights(case))
 

@@ -38,7 +38,7 @@ class Opened:
     adapter: Adapter
     source: source.Source
     weights: Weights
-    bits: int
+    bits: quant.Bits
 
 
 @dataclass
@@ -107,7 +107,8 @@ def open_run(run: str | None, scale: float = 1.0) -> Opened:
 
 def require_seen(opened: Opened) -> None:
     """Refuse `--base quantized` where the base's weights are not those of training: what that saw is not known."""
-    if opened.bits < 16 and opened.adapter.base.fingerprint not in (None, fingerprint(opened.weights)):
+    known = opened.adapter.base.fingerprint
+    if quant.FORMATS[opened.bits].quantizes and known not in (None, fingerprint(opened.weights)):
         raise QmicaError(
             f"--base quantized: the weights of {opened.source.id} changed since training, and what quantization did to "
             "the old ones is not known: put them back, or leave --base out"
@@ -145,6 +146,8 @@ def describe(opened: Opened, base: BaseKind, scale: float = 1.0) -> str:
     seen = quant.FORMATS[opened.bits].name
     if opened.weights.packed:
         weights = ", which bitsandbytes stored quantized: its original weights are those that training saw"
+    elif opened.bits == quant.GGUF:
+        weights = ", the GGUF's weights, dequantized: those that training saw"
     elif base == "quantized":
         weights = f" as training saw it, {seen} dequantized (--base original takes its own weights)"
     else:
@@ -162,16 +165,20 @@ def strength(scale: float) -> str:
 
 
 def merged(
-    weights: Weights, adapter: Adapter, base: BaseKind = "original", bits: int = 4, rounding: Rounding | None = None
+    weights: Weights,
+    adapter: Adapter,
+    base: BaseKind = "original",
+    bits: quant.Bits = 4,
+    rounding: Rounding | None = None,
 ) -> Weights:
     """The weights with the adapter in them, computed on demand: changed tensors are fp32, (out, in) as before.
 
-    base "quantized": every linear of the decoder layers as `bits` hold it. Packed weights of a bitsandbytes checkpoint
-    come unpacked. rounding: is added to as quantized tensors are made.
+    base "quantized": every linear of the decoder layers as `bits` hold it; the GGUF's own blocks are the original.
+    Packed weights of a bitsandbytes checkpoint come unpacked. rounding: is added to as quantized tensors are made.
     """
     held, shapes = _Held(), weights.shapes
     changes = {name: held.lazy(name, shapes[name], _unpacker(weights, name, shapes[name])) for name in weights.packed}
-    if base == "quantized":
+    if base == "quantized" and bits != quant.GGUF:
         for name, tensor in weights.items():
             if _is_quantized(name, tensor) and name not in changes:
                 changes[name] = held.lazy(name, tensor.shape, _rounder(tensor, bits, rounding))
@@ -215,7 +222,7 @@ def _is_quantized(name: str, tensor: LazyTensor) -> bool:
     return name.endswith(".weight") and len(tensor.shape) == 2 and not targets.stays_16bit(name)
 
 
-def _rounder(tensor: LazyTensor, bits: int, rounding: Rounding | None) -> Callable[[], torch.Tensor]:
+def _rounder(tensor: LazyTensor, bits: quant.Bits, rounding: Rounding | None) -> Callable[[], torch.Tensor]:
     """Makes a linear's weight as training saw it, (out, in) fp32, by the path that model.load takes."""
 
     def make() -> torch.Tensor:

@@ -3,14 +3,15 @@
 How: the model is built on the meta device from its config, then one walk over its `Weights` fills it: a linear inside
 a decoder layer becomes a frozen 4-, 8- or 16-bit linear the moment its tensor is read, everything else is kept in 16
 bits (norms and biases in the compute dtype). So a folder, a hub snapshot, a GGUF and a checkpoint quantized by
-bitsandbytes take one path, and no more than one tensor exists unquantized. What is quantized here is quantized into the
+bitsandbytes take one path, and no more than one tensor exists unquantized. With `bits="gguf"` nothing is quantized: the
+matrices of a GGUF, embedding and head too, stay its own blocks. What is quantized here is quantized into the
 cache (`quantized`) and loaded from there; what a file has in the right type already is mapped on a CPU, not copied.
 
 What it gives up: transformers' parallel loading, and weights that several modules share in other ways than tied
 embeddings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from qmica import allocator, architectures, quant, quantized, targets
+from qmica import allocator, architectures, quant, quantized, targets, unpacking
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
-from qmica.source import Source
-from qmica.weights import Weights, fingerprint, gguf_config, open_weights, shapes_fingerprint
+from qmica.source import Headers, Source
+from qmica.unpacking import Blocks
+from qmica.weights import Weights, fingerprint, gguf_config, headers_of, open_weights, own_blocks, shapes_fingerprint
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Base:
 
     id: str
     revision: str | None = None
-    bits: int | None = None
+    bits: quant.Bits | None = None
     fingerprint: str | None = None
     shapes: str | None = None
 
@@ -83,6 +85,18 @@ def require_dtype(compute: torch.dtype, device: torch.device) -> None:
         raise QmicaError("--dtype fp16 needs a GPU, whose gradient scaler it trains with: choose bf16, fp32 or auto")
 
 
+def require_blocks(bits: quant.Bits, headers: Headers) -> None:
+    """Raises QmicaError where `--bits gguf` was asked for, and the files hold no blocks, or such as cannot be read."""
+    if bits != quant.GGUF:
+        return
+    if headers.source.kind != "gguf":
+        raise QmicaError(
+            f"--bits gguf: {headers.source.name} is no GGUF, and has no blocks of its own: give --model FILE.gguf, or "
+            "--bits 4, 8 or 16"
+        )
+    unpacking.require_readable((name, type) for name, (type, _) in headers.tensors.items())
+
+
 def read_config(source: Source) -> PretrainedConfig:
     """The transformers config of a source; a GGUF's is built from its own metadata. Raises QmicaError for an
     unsupported family.
@@ -105,14 +119,14 @@ def read_config(source: Source) -> PretrainedConfig:
 
 def load(
     source: Source,
-    bits: int = 4,
+    bits: quant.Bits = 4,
     dtype: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
     stream: str = "none",
 ) -> nn.Module:
     """The source's model with frozen weights: linears of decoder layers in `bits`, the rest in 16 bits, computing in
-    `dtype`.
+    `dtype`. bits "gguf": every matrix as the GGUF has it.
 
     stream: where not none, the linears of decoder layers are left in host memory, for `streaming.start` to bring to the
     device. progress(done, total) is called after each weight. Raises QmicaError for files that do not make up the
@@ -126,24 +140,26 @@ def load(
     del config.quantization_config
     model = on_meta(config, compute)
     weights = open_weights(source)
+    require_blocks(bits, headers_of(source, weights))
     _check_names(model, weights, source)
     mark, generation = fingerprint(weights), _generation_config(source, config)
     held, kept = _held(model, bits), None
     if quantized.needed(weights, held):
         kept = quantized.find(source, weights, held, mark, generation.to_diff_dict(), chosen, progress)
     stored, digests = kept or (weights, {})
+    blocks, maps = own_blocks(weights) if bits == quant.GGUF else ({}, stored.maps)
     told = progress if kept is None else lambda done, total: None
-    _fill(model, stored, bits, compute, chosen, told, on_host=stream != "none")
+    _fill(model, stored, blocks, bits, compute, chosen, told, on_host=stream != "none")
     for path, digest in digests.items():
         model.get_submodule(path).known_digest = digest
-    model.tie_weights()
+    _tie(model)
     for module in model.modules():
         if quant.is_linear(module):
             quant.freeze(module)  # a tied head has no tensor of its own
     model.generation_config = generation
     model.name_or_path = source.id
     model.qmica_source = source  # where the weights are before they were quantized
-    model.qmica_maps = stored.maps if chosen.type == "cpu" else ()  # the files whose pages are the model's
+    model.qmica_maps = maps if chosen.type == "cpu" else ()  # the files whose pages are the model's
     model.qmica_base = Base(source.id, source.revision, quant.stored_bits(model), mark, shapes_fingerprint(weights))
     return model.requires_grad_(False).eval()
 
@@ -161,13 +177,21 @@ def on_meta(config: PretrainedConfig, compute: torch.dtype) -> nn.Module:
     return model
 
 
+def _tie(model: nn.Module) -> None:
+    """What is tied has the same weight; a tied head of a GGUF multiplies with the embedding's blocks."""
+    model.tie_weights()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, quant.GGUFEmbedding) and head.weight is embedding.weight:
+        quant.tie_blocks(head, embedding)
+
+
 def _expected(model: nn.Module) -> set[str]:
     """The parameter names that the files must hold: all but those tied to another one."""
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - tied
 
 
-def _held(model: nn.Module, bits: int) -> dict[str, int]:
+def _held(model: nn.Module, bits: quant.Bits) -> dict[str, quant.Bits]:
     """What every tensor is held in: `bits`, 16, or 0 for what is kept in the compute dtype, norms and biases."""
     held = {}
     for name in sorted(_expected(model)):
@@ -201,13 +225,14 @@ def _check_names(model: nn.Module, weights: Weights, source: Source) -> None:
 def _fill(
     model: nn.Module,
     weights: Weights,
-    bits: int,
+    blocks: Mapping[str, Blocks],
+    bits: quant.Bits,
     compute: torch.dtype,
     device: torch.device,
     progress,
     on_host: bool = False,
 ) -> None:
-    """Read each tensor once, put it where it belongs, forget it."""
+    """Read each tensor once, put it where it belongs, forget it. blocks: of matrices that stay as the GGUF has them."""
     expected = sorted(_expected(model))
     read = 0
     for done, name in enumerate(expected, start=1):
@@ -217,10 +242,12 @@ def _fill(
             if kind == "weight":  # the bias comes with it
                 stays = on_host and not targets.stays_16bit(name)
                 place = torch.device("cpu") if stays else device
-                linear = _linear(module, weights, name, bits, compute, place)
+                linear = _linear(module, weights, blocks, name, bits, compute, place)
                 if stays:
                     quant.compute_on(linear, device)
                 model.set_submodule(path, linear)
+        elif isinstance(module, nn.Embedding) and name in blocks:
+            quant.embed_blocks(module, blocks[name], compute, device)
         elif isinstance(module, nn.Embedding):
             _fill_embedding(module, weights[name].frozen(), compute, device)
         else:
@@ -237,11 +264,19 @@ def _fill(
 
 
 def _linear(
-    module: nn.Module, weights: Weights, name: str, bits: int, compute: torch.dtype, device: torch.device
+    module: nn.Module,
+    weights: Weights,
+    blocks: Mapping[str, Blocks],
+    name: str,
+    bits: quant.Bits,
+    compute: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
     """The frozen linear in place of an empty one: packed as the file has it, or quantized to `bits` now."""
     path = name.removesuffix(".weight")
     bias = None if module.bias is None else weights[f"{path}.bias"].load().to(compute)
+    if name in blocks:
+        return quant.from_blocks(blocks[name], bias, device)
     if name in weights.packed:
         parts = {part: weights[f"{path}.{part}"].frozen() for part in weights.packed[name]}
         return quant.from_packed(tuple(module.weight.shape), parts, bias, device)

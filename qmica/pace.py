@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from qmica import loss, quant
+from qmica import loss, quant, unpacking
 from qmica.checkpointing import CHECKPOINT, PLAIN
 from qmica.memory import Case
 
@@ -59,7 +59,15 @@ def _linear_flops(step: Step) -> float:
 
 
 def _dequantized(step: Step) -> float:
-    return _passes(step.case)
+    """The head's numbers too, where it is packed."""
+    return _passes(step.case) + (_head_casts(step) if step.case.types else 0)
+
+
+def _head_casts(step: Step) -> float:
+    """Numbers of the head that are cast or unpacked: all of them for each chunk of logits, twice."""
+    vocabulary = step.case.config.vocab_size
+    chunks = -(-step.supervised // loss.chunk_tokens(vocabulary))
+    return 2 * chunks * vocabulary * step.case.config.hidden_size
 
 
 def _elementwise_bytes(step: Step) -> float:
@@ -90,11 +98,9 @@ def _head_flops(step: Step) -> float:
 
 
 def _logit_bytes(step: Step) -> float:
-    """The softmax goes over the logits nine times in fp32; the head is cast for each chunk, twice."""
-    case = step.case
-    vocabulary = case.config.vocab_size
-    chunks = -(-step.supervised // loss.chunk_tokens(vocabulary))
-    return 9 * 4 * step.supervised * vocabulary + chunks * 2 * 6 * vocabulary * case.config.hidden_size
+    """The softmax goes over the logits nine times in fp32; a head in 16 bits is cast to it."""
+    casts = 0 if step.case.types else 6 * _head_casts(step)
+    return 9 * 4 * step.supervised * step.case.config.vocab_size + casts
 
 
 WORK: dict[str, Callable[[Step], float]] = {
@@ -139,10 +145,14 @@ class _Bench:
         return 4 * self.tokens * sum(weight.numel() for weight in weights), once
 
     def dequantizing(self) -> tuple[float, Callable]:
-        out, columns = max(self.case.layer.values(), key=lambda shape: shape[0] * shape[1])
-        weight = self.tensor(min(out, max(64, (1 << 20) // columns)), columns, dtype=torch.float32)
-        linear = quant.quantize(weight, None, self.case.bits, torch.device(self.case.device))
-        return weight.numel(), lambda: linear.dequantize(self.case.compute)
+        name, (out, columns) = max(self.case.layer.items(), key=lambda item: item[1][0] * item[1][1])
+        rows, device = min(out, max(64, (1 << 20) // columns)), torch.device(self.case.device)
+        stored = next((type for path, type in self.case.types.items() if path.endswith(f".{name}.weight")), None)
+        if stored is None:
+            linear = quant.quantize(self.tensor(rows, columns, dtype=torch.float32), None, self.case.bits, device)
+        else:
+            linear = quant.from_blocks(unpacking.random_blocks(stored, rows, columns), None, device)
+        return rows * columns, lambda: linear.dequantize(self.case.compute)
 
     def elementwise(self) -> tuple[float, Callable]:
         """On tensors that have left the cache, as those of a step have when they are needed again."""

@@ -77,6 +77,18 @@ def to(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **moved)
 
 
+def documents(batch: Batch) -> Iterator[tuple[list[int], list[bool]]]:
+    """Each document of a batch: its token ids, and which of them have a loss (the first has none)."""
+    for ids, places, labels in zip(batch.input_ids, batch.position_ids, batch.labels, strict=True):
+        starts = (places == 0).nonzero().flatten().tolist()
+        for start, stop in pairwise([*starts, len(ids)]):
+            learnt = labels[start:stop] != IGNORED
+            learnt[0] = False
+            if learnt.any():  # behind the last of them there is padding, or nothing that counts
+                end = int(learnt.nonzero()[-1]) + 1
+                yield ids[start : start + end].tolist(), learnt[:end].tolist()
+
+
 def parts(batch: Batch, count: int) -> list[Batch]:
     """The batch in at most `count` parts of about as many rows; together they have its labels."""
     rows = -(-len(batch.input_ids) // count)

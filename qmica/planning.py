@@ -35,6 +35,7 @@ from qmica import (
     pace,
     packing,
     progress,
+    quant,
     source,
     tokenizer,
 )
@@ -66,6 +67,7 @@ def plan(
     compute = model.choose_dtype(job.model.dtype, device)
     model.require_dtype(compute, device)
     headers, empty = _opened(job.model, compute)
+    model.require_blocks(job.model.bits, headers)
     adapter.choose(empty, job.adapter)
     known = _known_data(job, headers)
     case = memory.Case.of(job, headers, empty, known.rows, compute, device)
@@ -171,7 +173,7 @@ def _disk(case: memory.Case, headers: source.Headers) -> dict[str, int]:
     exports = {f"export {quant}": _export_bytes(quant, shapes, case.config) for quant in EXPORTS}
     return {
         "download": headers.download,
-        "quantized cache": 0 if case.bits == 16 or case.packed else round(memory.weights_bytes(case)),
+        "quantized cache": round(memory.weights_bytes(case)) if memory.cached(case.bits, case.packed) else 0,
         "adapter": round(memory.PARTS["A"](case) + memory.PARTS["B"](case)),
         "merged": 2 * sum(math.prod(shape) for shape in shapes.values()),
         **exports,
@@ -231,7 +233,8 @@ def _show(found: dict, choice: budget.Choice, known: Known) -> None:
 
 
 def _how(case: memory.Case) -> str:
-    return f"held in {case.bits} bits, computing in {str(case.compute).removeprefix('torch.')} on {case.device}"
+    dtype = str(case.compute).removeprefix("torch.")
+    return f"held {quant.FORMATS[case.bits].held}, computing in {dtype} on {case.device}"
 
 
 def _verdict(held: dict) -> str:

@@ -1,4 +1,5 @@
-"""Frozen linears in 4, 8 and 16 bits, and the optimizers of bitsandbytes. The only importer of bitsandbytes.
+"""Frozen linears in 4, 8 and 16 bits or as a GGUF has them, and the optimizers of bitsandbytes. The only importer of
+bitsandbytes.
 
 How: a frozen linear is a bitsandbytes (or torch) module whose class is replaced by one of ours. The storage and its
 class stay what PEFT and transformers know; the forward and the backward become one thin autograd function,
@@ -13,7 +14,7 @@ What it gives up: int8 is weight-only here (dequantize, then multiply), as bitsa
 activations are not rounded to int8 (LLM.int8()), which is slower on some GPUs and more exact everywhere.
 
 Formats: NF4 is blocks of 64 weights with double-quantized scales (QLoRA, arXiv 2305.14314); int8 is one scale a row
-(LLM.int8(), arXiv 2208.07339).
+(LLM.int8(), arXiv 2208.07339). A GGUF's own blocks (`--bits gguf`) are `unpacking`'s: nothing is quantized here.
 """
 
 import copy
@@ -46,6 +47,7 @@ with _uncompiled():
 
 from qmica import checkpointing, store  # noqa: E402
 from qmica.errors import QmicaError  # noqa: E402
+from qmica.unpacking import Blocks  # noqa: E402
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -104,6 +106,10 @@ class FrozenLinear:
         for place, weight in self.pieces(dy.dtype):
             torch.addmm(dx, rows[:, place], weight, beta=0 if place.start == 0 else 1, out=dx)
         return dx.view(*dy.shape[:-1], self.in_features)
+
+    def digest(self) -> str:
+        """Hex, equal for equal weights in the same format."""
+        return store.digest(self.stored())
 
     def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Places in the rows of the weight, and the rows there in `dtype`.
@@ -219,6 +225,33 @@ class HalfLinear(FrozenLinear, nn.Linear):
         (self.weight.data,) = tensors
 
 
+class GGUFLinear(FrozenLinear, nn.Linear):
+    """A linear as a GGUF has it: `weight` is the packed rows, uint8 (out, bytes of a row), mostly a view of the file.
+    type: of its blocks; order: where the file has each row, None where it has them in order.
+    """
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.weight.data, self.type, self.order)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.rows(0, self.out_features, dtype)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.blocks.rows(start, stop, dtype)
+
+    def stored(self) -> list[torch.Tensor]:
+        return [self.weight.data] if self.order is None else [self.weight.data, self.order]
+
+    def point(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.weight.data, *order = tensors
+        self.order = order[0] if order else None
+
+    def digest(self) -> str:
+        """As `weights.LazyTensor.digest` has it: the first rows tell type and order."""
+        return store.digest([self.weight.data, self.rows(0, min(256, self.out_features))])
+
+
 class HalfEmbedding(nn.Embedding):
     """An embedding stored in 16 bits whose rows come out in the compute dtype."""
 
@@ -233,6 +266,19 @@ class HalfScaledEmbedding(HalfEmbedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return super().forward(ids) * self.embed_scale.to(self.compute_dtype)
+
+
+class GGUFEmbedding(nn.Embedding):
+    """An embedding as a GGUF has it, its rows unpacked when a token asks for them. embed_scale: Gemma's factor, which
+    its own class multiplies with in the weight's dtype.
+    """
+
+    compute_dtype = torch.float32
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = Blocks(self.weight.data, self.type, self.order).pick(ids, self.compute_dtype)
+        scale = getattr(self, "embed_scale", None)
+        return rows if scale is None else rows * scale.to(self.compute_dtype)
 
 
 FROZEN = {bnb.nn.Linear4bit: NF4Linear, bnb.nn.Linear8bitLt: Int8Linear, nn.Linear: HalfLinear}
@@ -306,7 +352,7 @@ class Stored:
 
     def digest(self) -> str:
         """Where the loader knows it from the cache, nothing is read: of 7B that is 4 GB."""
-        return getattr(self.linear, "known_digest", None) or store.digest(self.linear.stored())
+        return getattr(self.linear, "known_digest", None) or self.linear.digest()
 
     def held(self) -> "Stored":
         """Itself: dequantizing rows is a tenth of what is done with them. Of a weight that lives on the host, a copy on
@@ -423,27 +469,41 @@ def _nf4_bytes(count: int) -> int:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store a frozen linear. parts: the tensors of a linear as bitsandbytes saves it, by their names after
-    the module's path, `weight` first; layout: their shapes and dtypes, known before anything is quantized.
+    """A way to store a frozen linear. held: how a model is held in it, in words; quantizes: whether what it holds is
+    no longer what the source has. What is made here of a weight (of the GGUF's own blocks nothing is): parts: the
+    tensors of a linear as bitsandbytes saves it, by their names after the module's path, `weight` first; layout: their
+    shapes and dtypes, known before anything is quantized.
     """
 
     name: str
-    make: Callable[[torch.Tensor, torch.device], nn.Module]
-    count_bytes: Callable[[int, int], int]  # (out, in) -> bytes
-    parts: Callable[[nn.Module], dict[str, torch.Tensor]]
-    layout: Callable[[int, int], dict[str, tuple[tuple[int, ...], torch.dtype]]]  # (out, in) -> name: (shape, dtype)
+    held: str
+    quantizes: bool
+    make: Callable[[torch.Tensor, torch.device], nn.Module] | None = None
+    count_bytes: Callable[[int, int], int] | None = None  # (out, in) -> bytes
+    parts: Callable[[nn.Module], dict[str, torch.Tensor]] | None = None
+    # (out, in) -> name: (shape, dtype)
+    layout: Callable[[int, int], dict[str, tuple[tuple[int, ...], torch.dtype]]] | None = None
 
 
-FORMATS: Mapping[int, Format] = {
-    4: Format("NF4", _make_nf4, lambda out, columns: _nf4_bytes(out * columns), _nf4_parts, _nf4_layout),
-    8: Format("int8", _make_int8, lambda out, columns: out * columns + 4 * out, _int8_parts, _int8_layout),
-    16: Format("bf16", _make_half, lambda out, columns: 2 * out * columns, _half_parts, _half_layout),
+Bits = int | str
+GGUF = "gguf"
+FORMATS: Mapping[Bits, Format] = {
+    4: Format(
+        "NF4", "in 4 bits", True, _make_nf4, lambda out, columns: _nf4_bytes(out * columns), _nf4_parts, _nf4_layout
+    ),
+    8: Format(
+        "int8", "in 8 bits", True, _make_int8, lambda out, columns: out * columns + 4 * out, _int8_parts, _int8_layout
+    ),
+    16: Format(
+        "bf16", "in 16 bits", False, _make_half, lambda out, columns: 2 * out * columns, _half_parts, _half_layout
+    ),
+    GGUF: Format("GGUF", "as the GGUF has it", False),
 }
 
 
-def quantize(weight: torch.Tensor, bias: torch.Tensor | None, bits: int, device: torch.device) -> nn.Module:
-    """A frozen linear of `bits` holding weight (out, in), and bias (out,) as it is. The weight's own storage is not
-    kept.
+def quantize(weight: torch.Tensor, bias: torch.Tensor | None, bits: Bits, device: torch.device) -> nn.Module:
+    """A frozen linear of `bits` (4, 8 or 16) holding weight (out, in), and bias (out,) as it is. The weight's own
+    storage is not kept.
     """
     linear = FORMATS[bits].make(weight, device)
     return _with_bias(linear, bias, device)
@@ -476,17 +536,42 @@ def from_packed(
     return _with_bias(linear, bias, device)
 
 
-def bits_of(module: nn.Module) -> int:
-    """4, 8 or 16: how a linear is stored."""
+def from_blocks(blocks: Blocks, bias: torch.Tensor | None, device: torch.device) -> nn.Module:
+    """A frozen linear of a GGUF's own blocks; on a CPU they stay where they are."""
+    linear = GGUFLinear(*reversed(blocks.shape), bias=False, device="meta")
+    _hold(linear, blocks, device)
+    return _with_bias(linear, bias, device)
+
+
+def embed_blocks(module: nn.Embedding, blocks: Blocks, compute: torch.dtype, device: torch.device) -> None:
+    """Make an embedding one of a GGUF's own blocks, whose rows come out in the compute dtype."""
+    module.__class__, module.compute_dtype = GGUFEmbedding, compute
+    _hold(module, blocks, device)
+
+
+def tie_blocks(head: nn.Module, embedding: GGUFEmbedding) -> None:
+    """Make a linear that was given the embedding's weight multiply with its blocks."""
+    head.__class__, head.type, head.order = GGUFLinear, embedding.type, embedding.order
+
+
+def _hold(module: nn.Module, blocks: Blocks, device: torch.device) -> None:
+    module.type = blocks.type
+    module.order = None if blocks.order is None else blocks.order.to(device)
+    module.weight = nn.Parameter(blocks.raw.to(device), requires_grad=False)
+
+
+def bits_of(module: nn.Module) -> Bits:
+    """4, 8, 16 or "gguf": how a linear is stored."""
     return next((bits for kind, bits in _BITS.items() if isinstance(module, kind)), 16)
 
 
-_BITS = {bnb.nn.Linear4bit: 4, bnb.nn.Linear8bitLt: 8}
+_BITS = {bnb.nn.Linear4bit: 4, bnb.nn.Linear8bitLt: 8, GGUFLinear: GGUF}
 
 
-def stored_bits(model: nn.Module) -> int:
-    """4, 8 or 16: the least that a linear of the model is stored in."""
-    return min((bits_of(module) for module in model.modules() if is_linear(module)), default=16)
+def stored_bits(model: nn.Module) -> Bits:
+    """4, 8, 16 or "gguf": the first of these that a linear of the model is stored in."""
+    found = {bits_of(module) for module in model.modules() if is_linear(module)}
+    return next((bits for bits in FORMATS if bits in found), 16)
 
 
 def _paged(parameters, lr: float, betas: tuple[float, float], weight_decay: float, device: torch.device):

@@ -88,6 +88,7 @@ def train(
     found = source.resolve(job.model.model, job.model.revision, say)
     compute = model.choose_dtype(job.model.dtype, accelerator.device)
     empty = model.on_meta(model.read_config(found), compute)
+    model.require_blocks(job.model.bits, weights.headers(found))
     adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
@@ -566,7 +567,7 @@ def load_network(
     began = time.perf_counter()
     stream = job.model.stream
     network = model.load(found, job.model.bits, job.model.dtype, str(device), stream=stream)
-    say(f"loaded {found.id} in {job.model.bits} bits: {progress.duration(time.perf_counter() - began)}")
+    say(f"loaded {found.id} {quant.FORMATS[job.model.bits].held}: {progress.duration(time.perf_counter() - began)}")
     began = time.perf_counter()
     if run is not None:
         adapter.restore(network, run.last_checkpoint().tensors("adapter"), job.adapter)

@@ -31,6 +31,7 @@ from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor
 from qmica.mapping import Map
 from qmica.source import INDEX, SINGLE, Headers, Source
+from qmica.unpacking import Blocks
 
 BLOCK_BYTES = 256_000_000  # of fp32 rows: what a walk holds of one tensor
 SAMPLES, SAMPLE_BYTES = 3, 1024  # of each tensor, for the fingerprint: 70B has 723 tensors, so 2.2 MB are read
@@ -71,8 +72,9 @@ class LazyTensor:
 
     shape: the Hugging Face shape; dtype: of what `rows` returns. `read(start, stop)` gives rows start:stop of the first
     dimension (elements, of a 1-D tensor; the scalar, of a 0-D one), fresh memory each time. quantized: the tensor as
-    a GGUF stores it (`.type`, `.raw(start, stop)` uint8 rows in the file's own order), None for other sources. view:
-    gives the whole tensor as a view of its file's map, or None where it cannot be one.
+    a GGUF stores it (`.type`, `.raw(start, stop)` uint8 rows in the file's own order), None for other sources; order:
+    where the file has each row, None where it has them in order. view: gives the whole tensor as a view of its file's
+    map, or None where it cannot be one.
     """
 
     shape: tuple[int, ...]
@@ -80,6 +82,7 @@ class LazyTensor:
     read: Callable[[int, int], torch.Tensor]
     quantized: GGUFTensor | None = None
     view: Callable[[], torch.Tensor | None] = lambda: None
+    order: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
@@ -284,7 +287,12 @@ def _lazy(file: Path, handle, name: str, mapped: Map | None, offset: int) -> Laz
 
 def headers(source: Source) -> Headers:
     """The names of the tensors on this disk, their types and their bytes as stored."""
-    return Headers(source, {name: tensor.stored for name, tensor in open_weights(source).items()})
+    return headers_of(source, open_weights(source))
+
+
+def headers_of(source: Source, weights: Weights) -> Headers:
+    """The same of a source that is open."""
+    return Headers(source, {name: tensor.stored for name, tensor in weights.items()})
 
 
 def packed_bytes(headers: Headers) -> dict[str, int]:
@@ -362,7 +370,26 @@ def _dequantized(tensor: GGUFTensor, order: np.ndarray | None, offset: float) ->
         whole = whole - offset if offset else whole
         return whole[start:stop] if back is None else whole[torch.from_numpy(back[start:stop])]
 
-    return LazyTensor(tensor.shape, dtype, read_matrix if len(tensor.shape) == 2 else read_vector, tensor)
+    return LazyTensor(tensor.shape, dtype, read_matrix if len(tensor.shape) == 2 else read_vector, tensor, order=back)
+
+
+def own_blocks(weights: Weights) -> tuple[dict[str, Blocks], tuple[Map, ...]]:
+    """The matrices of a GGUF as it stores them, by Hugging Face name, and the maps of its files, whose views they are;
+    copies where a file cannot be mapped.
+    """
+    maps = {part: _map(part) for part in weights.gguf.parts}
+    matrices = {name: tensor for name, tensor in weights.items() if len(tensor.shape) == 2}
+    blocks = {name: _blocks(tensor, maps[tensor.quantized.path]) for name, tensor in matrices.items()}
+    return blocks, tuple(mapped for mapped in maps.values() if mapped)
+
+
+def _blocks(tensor: LazyTensor, mapped: Map | None) -> Blocks:
+    stored = tensor.quantized
+    if mapped is None:
+        raw = torch.from_numpy(np.array(stored.raw()))
+    else:
+        raw = mapped.tensor(torch.uint8, (stored.rows, stored.row_bytes), stored.offset)
+    return Blocks(raw, stored.type, None if tensor.order is None else torch.from_numpy(tensor.order))
 
 
 def _unpacked(raw: np.ndarray, type: GGMLQuantizationType) -> torch.Tensor:

@@ -80,7 +80,7 @@ def attach(model: nn.Module) -> Window:
     if not all(pieces):
         raise QmicaError(
             f"--stream disk: the weights of {model.name_or_path} are held in memory, not mapped: use --bits 4 or 8 "
-            "with a cache that can be written (QMICA_CACHE names it), or a folder of bf16 safetensors"
+            "with a cache that can be written (QMICA_CACHE names it), --bits gguf, or a folder of bf16 safetensors"
         )
     inside = {tensor.data_ptr() for layer in layers for tensor in _tensors(layer)}
     others = [tensor for tensor in _tensors(model) if tensor.data_ptr() not in inside]

@@ -121,7 +121,7 @@ def test_not_a_gguf(refused, here):
     )
     assert refused("chat model.gguf --prompt hello").startswith("model.gguf is not a GGUF file: give a .gguf, a run")
     assert refused("eval {run} --limit 1 --gguf model.gguf") == (
-        "--gguf asks a file questions, and there are none: give --questions FILE"
+        "--gguf asks a file questions, and there are none: give --questions FILE, or a text with --data"
     )
     (here / "asked.jsonl").write_text('{"question": "Who?", "choices": ["a", "b"], "answer": 0}\n')
     said = refused("eval {run} --limit 1 --questions asked.jsonl --gguf model.gguf")

@@ -185,7 +185,7 @@ def test_examples_are_real(verb, capsys, tmp_path, monkeypatch):
     "words, text",
     [
         ("train --rnk 3", "Unknown option: --rnk. Did you mean --rank? See qmica train --help."),
-        ("train --bits 5", 'Invalid value "5" for --bits. Choose from: 4, 8, 16. See qmica train --help.'),
+        ("train --bits 5", 'Invalid value "5" for --bits. Choose from: 4, 8, 16, "gguf". See qmica train --help.'),
         ("train --rank x", 'Invalid value for --rank: unable to convert "x" into int. See qmica train --help.'),
         ("train notes.txt", "unexpected notes.txt. See qmica train --help."),
         ("trian", 'Unknown command "trian". Did you mean "train"?'),
@@ -343,7 +343,7 @@ def test_other_verbs_read_files_too(jobs, tmp_path):
         ("zzzzzz: 3\n", "FILE: unknown key zzzzzz: see qmica train --help"),
         ("resume: x\n", "FILE: unknown key resume"),
         ("rank: x\n", 'FILE: Invalid value for rank: unable to convert "x" into int.'),
-        ("bits: 5\n", 'FILE: Invalid value "5" for bits. Choose from: 4, 8, 16.'),
+        ("bits: 5\n", 'FILE: Invalid value "5" for bits. Choose from: 4, 8, 16, "gguf".'),
         ("rank: [1, 2]\n", "FILE: rank takes one value, not a list of 2"),
         ("rank: yes\n", "FILE: rank: true is not a value for --rank"),
         ("rank: {a: 1}\n", 'FILE: rank: {"a": 1} is not a value for --rank'),

@@ -136,6 +136,24 @@ def test_every_label_stands_once_and_positions_restart_at_documents(lengths, sha
         assert int(ends.max()) == batch.input_ids.shape[1] - 1  # trimmed to the longest row
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("packing_on", [True, False])
+def test_documents_are_all_that_has_a_loss(share, packing_on):
+    """Up to each document's last label, padding left out; a document without labels has none."""
+    learnt = examples([7, 30, 2, 11, 25, 3], share=share, first=1)
+    made = batches(learnt, seed=0, epoch=0, batch_size=3, max_seq_length=40, packing=packing_on)
+    found = [pair for batch in made for pair in packing.documents(batch)]
+    expected = []
+    for batch in made:
+        for ids, _, labels in rows_of(batch):
+            learnt = (labels != IGNORED).tolist()
+            if any(learnt):
+                end = max(at for at, one in enumerate(learnt) if one) + 1
+                expected.append((ids[:end].tolist(), learnt[:end]))
+    assert found == expected and len(found) == (0 if share == 0 else 6 if share == 1 else len(found))
+    assert sum(sum(learnt) for _, learnt in found) == sum(batch.supervised for batch in made)
+
+
 def test_batches_are_a_function_of_seed_and_epoch():
     data = examples([5, 9, 14, 20, 3, 8] * 20)
     options = {"batch_size": 2, "max_seq_length": 32}
