@@ -278,6 +278,8 @@ class ExportConfig:
     """Which weights it stays near: the source's own, or those that training saw (--adapter gets columns for it)."""
     scale: float = 1.0
     """How much of the run's adapter is used: below 1 less is forgotten, and less is known."""
+    ollama: Annotated[bool, Flag(negative=())] = False
+    """Write a Modelfile beside it, with the template in Ollama's language and every stop token."""
     threads: int | None = None
     """CPU threads; left out: all cores."""
 

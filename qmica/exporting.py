@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qmica import architectures, compensation, durable, ggml, llamacpp, merging, quant, tokenizer
+from qmica import architectures, compensation, durable, ggml, llamacpp, merging, ollama, quant, tokenizer
 from qmica.adapter import Factors
 from qmica.config import ExportConfig
 from qmica.errors import QmicaError
@@ -47,6 +47,7 @@ from qmica.weights import LazyTensor, Weights
 T = GGMLQuantizationType
 BLOCK_BYTES = 64 << 20  # of fp32 rows: 16 chunks of ggml.quantize, one a thread
 METADATA_BYTES = 16_000_000  # at most: a vocabulary of 152,000 tokens and its merges take 6 MB
+NO_MODELFILE = "  with --ollama it comes with a Modelfile for Ollama: template, stop tokens, parameters"
 SAMPLE = 256  # bytes at each end of a tensor, compared when the file is read back
 
 FINE = {T.F32, T.F16, T.BF16, T.Q8_0}  # they hardly change what they are given
@@ -114,7 +115,8 @@ def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Pat
     if rounding.total:
         print(rounding)
     print(f"{target}: {durable.size_text(target.stat().st_size)}")
-    print("\n".join(_next_steps(opened, target, config.adapter)))
+    steps = _next_steps(opened, target, config.adapter)
+    print("\n".join([*steps, *(_for_ollama(opened, target, config) if config.ollama else [NO_MODELFILE])]))
     return target
 
 
@@ -459,19 +461,39 @@ def _show(plan: Plan) -> None:
 
 
 def _next_steps(opened: Opened, target: Path, adapter: bool) -> list[str]:
-    """What to type next: llama.cpp, qmica, Ollama."""
-    file, name = shlex.quote(str(target)), opened.run.name
+    """What to type next: qmica, llama.cpp."""
+    file = shlex.quote(str(target))
     if not adapter:
         return [
             f'  qmica chat {file} --prompt "..."',
             f"  llama-cli -m {file}",
-            f"  echo FROM {shlex.quote(str(target.resolve()))} > Modelfile && ollama create {name} -f Modelfile",
         ]
     whole = opened.source.kind == "gguf"
     base = shlex.quote(str(opened.source.files[0])) if whole else "BASE.gguf"
     lines = [
         f'  qmica chat {base} --adapter {file} --prompt "..."',
         f"  llama-cli -m {base} --lora {file}",
-        f"  Ollama: two lines in a Modelfile, FROM {base} and ADAPTER {file}, then ollama create {name} -f Modelfile",
     ]
     return lines if whole else [f"  BASE.gguf is {opened.source.id} as a GGUF, in any type", *lines]
+
+
+def _for_ollama(opened: Opened, target: Path, config: ExportConfig) -> list[str]:
+    """Write the Modelfile beside the file, under its name; what there is to say, and the command that takes it."""
+    base, name = opened.source, opened.run.name
+    if not config.adapter:
+        model, notes = f"./{target.name}", []
+    elif base.kind == "gguf":
+        model, notes = str(base.files[0].resolve()), []
+    else:
+        model, notes = "./BASE.gguf", [f"BASE.gguf: {base.id} as a GGUF, in any type"]
+    text, said = ollama.modelfile(
+        model,
+        tokenizer.load(base),
+        opened.weights.config["max_position_embeddings"],
+        ollama.generation_settings(base),
+        adapter=f"./{target.name}" if config.adapter else None,
+        notes=notes,
+    )
+    file = target.with_suffix(".Modelfile")
+    durable.write_text(file, text)
+    return [*(f"  {line}" for line in said), f"  {ollama.create_line(name, file)}"]

@@ -79,6 +79,7 @@ DEFAULTS = {
         "--adapter": False,
         "--base": "original",
         "--scale": 1.0,
+        "--ollama": False,
         "--threads": None,
     },
     EvalConfig: {

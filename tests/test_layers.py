@@ -29,7 +29,7 @@ LAYERS = (
     {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases"},
     {"linear", "data", "memory", "quantized", "window"},
-    {"model", "streaming"},
+    {"model", "streaming", "ollama"},
     {"adapter", "pace", "kernels"},
     {"budget"},
     {
