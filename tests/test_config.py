@@ -80,6 +80,7 @@ DEFAULTS = {
         "--base": "original",
         "--scale": 1.0,
         "--ollama": False,
+        "--verify": False,
         "--threads": None,
     },
     EvalConfig: {

@@ -27,11 +27,11 @@ LAYERS = (
         "samples",
     },
     {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
-    {"quant", "weights", "tokenizer", "runs", "bases"},
+    {"quant", "weights", "tokenizer", "runs", "bases", "survival"},
     {"linear", "data", "memory", "quantized", "window"},
     {"model", "streaming", "ollama"},
     {"adapter", "pace", "kernels"},
-    {"budget"},
+    {"budget", "verification"},
     {
         "training",
         "evaluation",
