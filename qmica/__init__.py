@@ -126,16 +126,21 @@ def merge(
     out: str | Path | None = None,
     base: Literal["original", "quantized"] = "original",
     scale: float = 1.0,
+    max_shard_size: str | None = None,
+    verify: bool = False,
 ) -> Path:
     """Write the merged model as a safetensors folder and return the folder.
 
     base: what the adapter is merged into, the 16-bit weights or what training saw of them. scale: how much of it.
+    max_shard_size: of a file, None is 5GB. verify: compare what the merged model and the trained one answer.
     """
-    from qmica import merging
+    from qmica import config, merging
 
     if base not in ("original", "quantized"):
         raise QmicaError(f"base={base!r}: choose one of 'original', 'quantized'")
-    return merging.merge(_name(run), None if out is None else Path(out), base, scale)
+    return merging.merge(
+        _name(run), None if out is None else Path(out), base, scale, max_shard_size or config.SHARD, verify
+    )
 
 
 def chat(target: str | Path | Run | None = None, **options: Any) -> None:

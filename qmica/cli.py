@@ -21,6 +21,7 @@ from typing import Annotated, Literal, get_args, get_origin
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token, UnusedCliTokensError
 
 from qmica.config import (
+    SHARD,
     AdapterConfig,
     ChatConfig,
     DataConfig,
@@ -220,6 +221,8 @@ def merge(
     out: Annotated[Path | None, Parameter(name=("--out", "-o"))] = None,
     base: Literal["original", "quantized"] = "original",
     scale: float = 1.0,
+    max_shard_size: str = SHARD,
+    verify: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Write the merged model as a folder of safetensors.
 
@@ -233,10 +236,14 @@ def merge(
         What the adapter is merged into: the 16-bit weights, or what training saw of them.
     scale: float
         How much of the adapter is used: below 1 less is forgotten, and less is known.
+    max_shard_size: str
+        Largest file of the folder: 5GB, 900MB.
+    verify: bool
+        Compare what the merged model and the one that was trained answer.
     """
     from qmica import merging
 
-    merging.merge(run, out, base, scale)
+    merging.merge(run, out, base, scale, max_shard_size, verify)
 
 
 @app.command(

@@ -47,6 +47,16 @@ def _nbytes(text: str) -> float:
     return float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower())
 
 
+SHARD = "5GB"  # of a merged folder's file, as transformers writes
+
+
+def shard_bytes(text: str) -> int:
+    """--max-shard-size in bytes. Raises QmicaError for what is no size, or below a megabyte."""
+    nbytes = int(_nbytes(str(text)))
+    _require((nbytes >= 1_000_000, f"--max-shard-size {text}: give a size such as 5GB or 900MB, 1MB or more"))
+    return nbytes
+
+
 @Parameter(name="*", group=Group("Model", sort_key=1))
 @dataclass(frozen=True)
 class ModelConfig:
@@ -278,6 +288,10 @@ class ExportConfig:
     """Which weights it stays near: the source's own, or those that training saw (--adapter gets columns for it)."""
     scale: float = 1.0
     """How much of the run's adapter is used: below 1 less is forgotten, and less is known."""
+    ollama: Annotated[bool, Flag(negative=())] = False
+    """Write a Modelfile beside it, with the template in Ollama's language and every stop token."""
+    verify: Annotated[bool, Flag(negative=())] = False
+    """Compare what the model as trained, the merged one and the file in llama.cpp answer."""
     threads: int | None = None
     """CPU threads; left out: all cores."""
 

@@ -36,17 +36,31 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qmica import architectures, compensation, durable, ggml, llamacpp, merging, quant, tokenizer
+from qmica import (
+    architectures,
+    compensation,
+    durable,
+    ggml,
+    llamacpp,
+    merging,
+    ollama,
+    quant,
+    source,
+    tokenizer,
+    verification,
+)
 from qmica.adapter import Factors
 from qmica.config import ExportConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor
 from qmica.merging import Opened
+from qmica.survival import Survival
 from qmica.weights import LazyTensor, Weights
 
 T = GGMLQuantizationType
 BLOCK_BYTES = 64 << 20  # of fp32 rows: 16 chunks of ggml.quantize, one a thread
 METADATA_BYTES = 16_000_000  # at most: a vocabulary of 152,000 tokens and its merges take 6 MB
+NO_MODELFILE = "  with --ollama it comes with a Modelfile for Ollama: template, stop tokens, parameters"
 SAMPLE = 256  # bytes at each end of a tensor, compared when the file is read back
 
 FINE = {T.F32, T.F16, T.BF16, T.Q8_0}  # they hardly change what they are given
@@ -102,8 +116,8 @@ def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Pat
     if config.base == "quantized":
         merging.require_seen(opened)
     target = _target(opened, config)
-    rounding = merging.Rounding()
-    plan = _plan_adapter(opened, config) if config.adapter else _plan_model(opened, config, rounding)
+    rounding, survival = merging.Rounding(), Survival()
+    plan = _plan_adapter(opened, config) if config.adapter else _plan_model(opened, config, rounding, survival)
     ggml.require_writable({tensor.type for tensor in plan.tensors if not tensor.copied})
     spare = 0 if config.adapter else METADATA_BYTES
     durable.require_space(target.parent, plan.nbytes + spare, f"exporting {target.name}")
@@ -113,8 +127,13 @@ def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Pat
         check(part, plan, samples, config.adapter)
     if rounding.total:
         print(rounding)
+    for line in survival.lines():
+        print(line)
+    if config.verify:
+        _verify(opened, target, config)
     print(f"{target}: {durable.size_text(target.stat().st_size)}")
-    print("\n".join(_next_steps(opened, target, config.adapter)))
+    steps = _next_steps(opened, target, config.adapter)
+    print("\n".join([*steps, *(_for_ollama(opened, target, config) if config.ollama else [NO_MODELFILE])]))
     return target
 
 
@@ -130,13 +149,14 @@ def _target(opened: Opened, config: ExportConfig) -> Path:
 # ---- the merged model
 
 
-def _plan_model(opened: Opened, config: ExportConfig, rounding: merging.Rounding) -> Plan:
+def _plan_model(opened: Opened, config: ExportConfig, rounding: merging.Rounding, survival: Survival) -> Plan:
     """The merged model: which type each tensor gets, and where its bytes come from."""
-    weights = merging.merged(opened.weights, opened.adapter, config.base, opened.bits, rounding)
+    weights = merging.merged(opened.weights, opened.adapter, config.base, opened.bits, rounding, survival)
     family = architectures.for_config(weights.config)
     extra = _extra_tensors(weights, family)
     names = _tensor_names(weights, family)
     types, notes = _types(config.quant, {name: weights[hf].shape for name, hf in names.items()}, family.name)
+    survival.types = {hf: types[name] for name, hf in names.items()}
     planned = {
         name: _planned(
             name, types[name], _in_gguf(weights[hf], hf, family), family.row_order(hf, weights.config), config.threads
@@ -470,19 +490,63 @@ def _show(plan: Plan) -> None:
 
 
 def _next_steps(opened: Opened, target: Path, adapter: bool) -> list[str]:
-    """What to type next: llama.cpp, qmica, Ollama."""
-    file, name = shlex.quote(str(target)), opened.run.name
+    """What to type next: qmica, llama.cpp."""
+    file = shlex.quote(str(target))
     if not adapter:
         return [
             f'  qmica chat {file} --prompt "..."',
             f"  llama-cli -m {file}",
-            f"  echo FROM {shlex.quote(str(target.resolve()))} > Modelfile && ollama create {name} -f Modelfile",
         ]
     whole = opened.source.kind == "gguf"
     base = shlex.quote(str(opened.source.files[0])) if whole else "BASE.gguf"
     lines = [
         f'  qmica chat {base} --adapter {file} --prompt "..."',
         f"  llama-cli -m {base} --lora {file}",
-        f"  Ollama: two lines in a Modelfile, FROM {base} and ADAPTER {file}, then ollama create {name} -f Modelfile",
     ]
     return lines if whole else [f"  BASE.gguf is {opened.source.id} as a GGUF, in any type", *lines]
+
+
+def _verify(opened: Opened, target: Path, config: ExportConfig) -> None:
+    """Ask the model as trained, the merged one and the file. Raises QmicaError where the file is broken."""
+    beside = config.adapter and opened.source.kind != "gguf"
+    if beside or not llamacpp.available():
+        what = f"the GGUF of {opened.source.id} that it goes beside" if beside else llamacpp.INSTALL
+        print(f"not verified in llama.cpp: that needs {what}")
+    check = verification.in_training(opened.run, config.scale)
+    near = {verification.TRAINED: merging.near(opened, config.base)}
+    if not config.adapter:
+        weights = merging.merged(opened.weights, opened.adapter, config.base, opened.bits)
+        changed = {name: tensor for name, tensor in weights.items() if tensor is not opened.weights.get(name)}
+        check.add(verification.MERGED, verification.of_weights(opened.source, changed, check.texts), near)
+        limits = {verification.MERGED: verification.limit_of(config.quant)}
+        check.add(verification.REREAD, verification.of_source(source.resolve(str(target)), check.texts), limits)
+    elif config.base == "original":  # compensated pairs are in the file alone
+        check.add(verification.REREAD, verification.of_run(opened.run, config.scale, check.texts), near)
+    if llamacpp.available() and not beside:
+        file, adapters = (opened.source.files[0], [(target, 1.0)]) if config.adapter else (target, [])
+        log_p = verification.of_gguf(file, check.texts, tokenizer.load(opened.source), adapters, config.threads)
+        read = {verification.REREAD: verification.READ}
+        check.add("the file, llama.cpp", log_p, read if verification.REREAD in check.names else near)
+    check.report(target)
+
+
+def _for_ollama(opened: Opened, target: Path, config: ExportConfig) -> list[str]:
+    """Write the Modelfile beside the file, under its name; what there is to say, and the command that takes it."""
+    base, name = opened.source, opened.run.name
+    if not config.adapter:
+        model, notes = f"./{target.name}", []
+    elif base.kind == "gguf":
+        model, notes = str(base.files[0].resolve()), []
+    else:
+        model, notes = "./BASE.gguf", [f"BASE.gguf: {base.id} as a GGUF, in any type"]
+    text, said = ollama.modelfile(
+        model,
+        tokenizer.load(base),
+        opened.weights.config["max_position_embeddings"],
+        ollama.generation_settings(base),
+        adapter=f"./{target.name}" if config.adapter else None,
+        notes=notes,
+    )
+    file = target.with_suffix(".Modelfile")
+    durable.write_text(file, text)
+    return [*(f"  {line}" for line in said), f"  {ollama.create_line(name, file)}"]

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from gguf import GGMLQuantizationType
 from transformers import GenerationConfig
 
-from qmica import architectures, durable, model, quant, runs, source, targets, tokenizer
+from qmica import architectures, durable, model, quant, runs, source, targets, tokenizer, verification
 from qmica.adapter import Adapter, Factors, check_base, read_adapter
+from qmica.config import SHARD, shard_bytes
 from qmica.errors import QmicaError
+from qmica.survival import Survival
 from qmica.weights import LazyTensor, Weights, fingerprint, open_weights, overlay, shapes_fingerprint, write_sharded
 
 BaseKind = Literal["original", "quantized"]
@@ -59,36 +62,59 @@ class Rounding:
         return f"the quantized weights differ from the original ones by {100 * share:.2g} % (root mean square)"
 
 
-def merge(run: str | None = None, out: Path | None = None, base: BaseKind = "original", scale: float = 1.0) -> Path:
+def merge(
+    run: str | None = None,
+    out: Path | None = None,
+    base: BaseKind = "original",
+    scale: float = 1.0,
+    max_shard_size: str = SHARD,
+    verify: bool = False,
+) -> Path:
     """Write the merged model as a folder of safetensors in bf16, ready for transformers, vLLM and others. Returns the
     folder.
 
     run: a run, an adapter folder, or a name under runs/ (None: the newest). out: must be missing or empty; None:
-    RUN/merged. scale: how much of the adapter. Raises QmicaError for an adapter that is not of this base, a filled
-    folder, or a full disk.
+    RUN/merged. scale: how much of the adapter. max_shard_size: of a file. verify: ask the merged model and the one that
+    was trained the same. Raises QmicaError for an adapter that is not of this base, a filled folder, a full disk, or a
+    merge that does not answer as it was trained.
     """
     if not 0 < scale < math.inf:
         raise QmicaError(f"--scale {scale}: give more than 0")
+    shard = shard_bytes(max_shard_size)
     opened = open_run(run, scale)
     if base == "quantized":
         require_seen(opened)
     target = Path(out) if out is not None else opened.run.folder / "merged"
     durable.require_empty(target)
     rounding = Rounding()
-    weights = merged(opened.weights, opened.adapter, base, opened.bits, rounding)
+    survival = Survival(dict.fromkeys(opened.weights, GGMLQuantizationType.BF16))
+    weights = merged(opened.weights, opened.adapter, base, opened.bits, rounding, survival)
     size = sum(tensor.nbytes // tensor.dtype.itemsize * DTYPE.itemsize for tensor in weights.values())
     durable.require_space(target, size, f"merging into {target}")
     print(describe(opened, base, scale))
     with durable.replacing_folder(target) as part:
-        write_sharded(weights, part, DTYPE)
+        write_sharded(weights, part, DTYPE, shard)
         durable.write_json(part / source.CONFIG, _config(weights))
         _write_companions(opened.source, part)
     if rounding.total:
         print(rounding)
+    for line in survival.lines():
+        print(line)
+    if verify:
+        check = verification.in_training(opened.run, scale)
+        log_p = verification.of_source(source.resolve(str(target)), check.texts)
+        check.add(verification.MERGED, log_p, {verification.TRAINED: near(opened, base)})
+        check.report(target)
     print(f"{target}: {durable.size_text(size)} of bf16 safetensors; transformers and vLLM load it as any model,")
     part = "" if scale == 1 else f" --scale {scale:g}"
     print(f"  from_pretrained({str(target)!r}); for llama.cpp and Ollama: qmica export {opened.run.folder}{part}")
     return target
+
+
+def near(opened: Opened, base: BaseKind) -> float:
+    """How far the merged model may be from the trained one: it is the same but for bf16, or other weights by choice."""
+    same = base == "quantized" or opened.bits == 16 or bool(opened.weights.packed)
+    return verification.ROUNDED if same else verification.QUANTIZED
 
 
 def open_run(run: str | None, scale: float = 1.0) -> Opened:
@@ -170,11 +196,12 @@ def merged(
     base: BaseKind = "original",
     bits: quant.Bits = 4,
     rounding: Rounding | None = None,
+    survival: Survival | None = None,
 ) -> Weights:
     """The weights with the adapter in them, computed on demand: changed tensors are fp32, (out, in) as before.
 
     base "quantized": every linear of the decoder layers as `bits` hold it; the GGUF's own blocks are the original.
-    Packed weights of a bitsandbytes checkpoint come unpacked. rounding: is added to as quantized tensors are made.
+    Packed weights of a bitsandbytes checkpoint come unpacked. rounding, survival: are added to as tensors are made.
     """
     held, shapes = _Held(), weights.shapes
     changes = {name: held.lazy(name, shapes[name], _unpacker(weights, name, shapes[name])) for name in weights.packed}
@@ -184,16 +211,20 @@ def merged(
                 changes[name] = held.lazy(name, tensor.shape, _rounder(tensor, bits, rounding))
     for path, part in adapter.factors.items():
         name = f"{path}.weight"
-        changes[name] = _sum(changes.get(name, weights[name]), part)
+        changes[name] = _sum(name, changes.get(name, weights[name]), part, survival or Survival())
     return overlay(weights, changes)
 
 
-def _sum(tensor: LazyTensor, part: Factors) -> LazyTensor:
+def _sum(name: str, tensor: LazyTensor, part: Factors, survival: Survival) -> LazyTensor:
     """W + scale · B A, row by row."""
 
     def read(start: int, stop: int) -> torch.Tensor:
+        rows = tensor.rows(start, stop).float()
+        before = survival.sample(name, rows)
         # Factors.delta, in place: three blocks less of memory at the peak
-        return tensor.rows(start, stop).float().addmm_(part.B[start:stop].float(), part.A.float(), alpha=part.scale)
+        rows.addmm_(part.B[start:stop].float(), part.A.float(), alpha=part.scale)
+        survival.add(name, before, rows)
+        return rows
 
     return LazyTensor(tensor.shape, torch.float32, read)
 

@@ -93,7 +93,7 @@ def test_the_other_verbs(jobs, tmp_path):
     qmica.export()
     assert jobs.arguments == (None, ExportConfig())
     qmica.merge("x", "y", base="quantized")
-    assert jobs.arguments == ("x", Path("y"), "quantized", 1.0)
+    assert jobs.arguments == ("x", Path("y"), "quantized", 1.0, "5GB", False)
     qmica.chat("m.gguf", prompt="hello")
     assert jobs.arguments == ("m.gguf", ChatConfig(prompt="hello"))
     qmica.eval("x", limit=3)

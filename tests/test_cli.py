@@ -140,7 +140,7 @@ def test_the_other_verbs_hand_over_theirs(jobs):
     assert cli.main(["chat", "m.gguf", "--prompt", "-- hello", "--temp", "0.5"]) == 0
     assert jobs.arguments == ("m.gguf", ChatConfig(prompt="-- hello", temp=0.5))
     assert cli.main(["merge", "x", "-o", "y", "--base", "quantized"]) == 0
-    assert jobs.arguments == ("x", Path("y"), "quantized", 1.0)
+    assert jobs.arguments == ("x", Path("y"), "quantized", 1.0, "5GB", False)
     assert cli.main(["export", "--quant", "q8_0", "--adapter"]) == 0
     assert jobs.arguments == (None, ExportConfig(quant="Q8_0", adapter=True))
     assert cli.main(["inspect"]) == 0

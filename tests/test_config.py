@@ -79,6 +79,8 @@ DEFAULTS = {
         "--adapter": False,
         "--base": "original",
         "--scale": 1.0,
+        "--ollama": False,
+        "--verify": False,
         "--threads": None,
     },
     EvalConfig: {

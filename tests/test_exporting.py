@@ -22,9 +22,10 @@ from adapted import (
     transformers_log_p,
 )
 from gguf import GGMLQuantizationType as T
+from go_template import parse_modelfile, prompt
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LLAMA3_ROPE, LONGROPE, WIDE, default_tokenizer, save_tiny, tiny_tokenizer, write_gguf
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmica import architectures, durable, exporting, ggml, llamacpp
 from qmica.config import QUANTS, ExportConfig
@@ -229,7 +230,7 @@ def test_the_printed_table_at_width_512(wide, tmp_path, capsys):
     assert "no multiple" not in said
     assert f"llama-cli -m {tmp_path / 'model.gguf'}" in said
     assert f"qmica chat {tmp_path / 'model.gguf'} --prompt" in said
-    assert f"echo FROM {tmp_path / 'model.gguf'} > Modelfile && ollama create run -f Modelfile" in said
+    assert "with --ollama it comes with a Modelfile for Ollama" in said
 
 
 @needs_llama
@@ -353,7 +354,6 @@ def test_default_names(own_run, capsys):
     assert export(own_run, adapter=True) == own_run / "run.adapter.gguf"
     said = capsys.readouterr().out
     assert f"llama-cli -m BASE.gguf --lora {own_run / 'run.adapter.gguf'}" in said
-    assert f"FROM BASE.gguf and ADAPTER {own_run / 'run.adapter.gguf'}" in said
 
 
 @needs_llama
@@ -373,6 +373,49 @@ def test_a_real_model(smollm2_gguf, tmp_path, capsys):
     print(f"SmolLM2: {kl:.2e} of {effect:.2e}")
     assert kl < 0.25 * effect, (
         f"KL {kl:.2e} between the adapter beside the base and in it, of an effect of {effect:.2e}"
+    )
+
+
+# ---- for Ollama
+
+
+def test_a_modelfile_beside_the_model(own_run, llama_run, capsys):
+    file = export(own_run, quant="Q8_0", ollama=True)
+    path = own_run / "run.Q8_0.Modelfile"
+    assert capsys.readouterr().out.splitlines()[-1] == f"  ollama create run -f {path}"
+    said = parse_modelfile(path.read_text())
+    assert (path.parent / said["from"]).samefile(file)
+    assert set(said["stop"]) == {"<|eot_id|>", "<|end_of_text|>"} and said["num_ctx"] == 512
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many lamps?"}]
+    tokens = AutoTokenizer.from_pretrained(llama_run[0])
+    expected = tokens.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokens.bos_token + prompt(said, messages) == expected  # Ollama has llama.cpp put BOS before it
+    assert GGUFFile.open(file).metadata["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_a_modelfile_beside_an_adapter(own_run, llama_run, tmp_path, capsys):
+    export(own_run, adapter=True, ollama=True)
+    assert f"ollama create run -f {own_run / 'run.adapter.Modelfile'}" in capsys.readouterr().out
+    text = (own_run / "run.adapter.Modelfile").read_text()
+    said = parse_modelfile(text)
+    assert (said["from"], said["adapter"]) == ("./BASE.gguf", "./run.adapter.gguf")
+    assert text.startswith(f"# BASE.gguf: {llama_run[0]} as a GGUF, in any type\n")
+    base = as_gguf(tmp_path / "base.gguf", llama_run[0], "llama")
+    run = make_run(tmp_path / "gguf-run", base)
+    adapter = export(run, adapter=True, ollama=True)
+    said = parse_modelfile(adapter.with_suffix(".Modelfile").read_text())
+    assert Path(said["from"]).samefile(base) and (run / said["adapter"]).samefile(adapter)
+    assert said["template"] == parse_modelfile(text)["template"]
+
+
+def test_a_modelfile_of_a_real_model(smollm2_gguf, tmp_path, capsys):
+    run = make_peft_adapter(tmp_path / "run", smollm2_gguf, {"model.layers.0.self_attn.q_proj": (576, 576)})
+    export(run, adapter=True, ollama=True)
+    said = parse_modelfile((run / "run.adapter.Modelfile").read_text())
+    assert said["system"] == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert said["stop"] == ["<|endoftext|>", "<|im_end|>"] and said["num_ctx"] == 8192
+    assert prompt(said, [{"role": "user", "content": "Hi"}]) == (
+        f"<|im_start|>system\n{said['system']}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
 
 

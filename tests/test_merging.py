@@ -11,7 +11,7 @@ import pytest
 import torch
 from adapted import make_peft_adapter, make_run, transformers_log_p
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_tokenizer, write_gguf
+from tiny import WIDE, save_tiny, tiny_tokenizer, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from qmica import adapter, durable, merging, model, quant, source, weights
@@ -227,6 +227,34 @@ def test_a_merged_folder_can_be_a_base(made, own_run, tmp_path):
     out = merging.merge(str(own_run), tmp_path / "merged")
     again = merging.merge(str(make_run(tmp_path / "again", out)), tmp_path / "twice")
     assert weights.shapes_fingerprint(opened(again)) == weights.shapes_fingerprint(opened(made["base"]))
+
+
+def test_shards(tmp_path):
+    """No file above --max-shard-size, an index that transformers follows, the same tensors as in one file."""
+    base = save_tiny(tmp_path / "base", "llama", dtype=torch.bfloat16, **WIDE)
+    run = make_run(tmp_path / "run", base, targets="qv")
+    whole, shards = (
+        merging.merge(str(run), tmp_path / "whole"),
+        merging.merge(str(run), tmp_path / "shards", max_shard_size="1MB"),
+    )
+    sizes = {file.name: file.stat().st_size for file in shards.glob("*.safetensors")}
+    assert len(sizes) >= 4 and max(sizes.values()) < 1_000_000 + 4096, sizes
+    assert not list(whole.glob("*.index.json")) and (shards / "model.safetensors.index.json").exists()
+    tensors = {name: tensor for file in sizes for name, tensor in load_file(shards / file).items()}
+    stored = load_file(whole / "model.safetensors")
+    assert tensors.keys() == stored.keys() and all(torch.equal(tensors[name], stored[name]) for name in stored)
+    assert np.array_equal(transformers_log_p(shards), transformers_log_p(whole))
+
+
+@pytest.mark.parametrize("size", ["0", "12", "5 apples", "900kB", "-1GB"])
+def test_sizes_that_make_no_sense(own_run, tmp_path, size):
+    if size == "12":  # a plain number is GB
+        assert merging.merge(str(own_run), tmp_path / "out", max_shard_size=size).exists()
+        return
+    with pytest.raises(QmicaError) as error:
+        merging.merge(str(own_run), tmp_path / "out", max_shard_size=size)
+    assert str(error.value) == f"--max-shard-size {size}: give a size such as 5GB or 900MB, 1MB or more"
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what is refused, and what is left behind
