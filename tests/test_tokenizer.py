@@ -32,7 +32,7 @@ TORTURE = [
     "\n",
     "\n\n\n x \n \n\n\ty\t\tz \r\n\r\n w",
     "1 12 123 1234 12345 123456 3.14159 1,204 ٣٤٥ ⅷ ² ½",
-    "I've DON'T we'Re they'LL 'tis it''s 'S",
+    "I've DON'T we'Re they'LL 'tis it''s 'S it'ſx",
     "def f(x):\n    if x >= 3:\n\t\treturn {'a': [1, 2]}  # why?\n\n\n",
     "http://example.org/a_b?c=d&e=%20 foo@bar.baz C:\\dir\\file",
     "Grüße, naïve café — “quoted” … €5 £6 ÉCOLE ﬁ",
