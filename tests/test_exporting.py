@@ -413,7 +413,7 @@ def test_a_modelfile_of_a_real_model(smollm2_gguf, tmp_path, capsys):
     export(run, adapter=True, ollama=True)
     said = parse_modelfile((run / "run.adapter.Modelfile").read_text())
     assert said["system"] == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    assert said["stop"] == ["<|endoftext|>", "<|im_end|>"] and said["num_ctx"] == 8192
+    assert said["stop"] == ["<|endoftext|>", "<|im_end|>", "<reponame>"] and said["num_ctx"] == 8192
     assert prompt(said, [{"role": "user", "content": "Hi"}]) == (
         f"<|im_start|>system\n{said['system']}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
