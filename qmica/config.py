@@ -288,6 +288,8 @@ class ExportConfig:
     """Which weights it stays near: the source's own, or those that training saw (--adapter gets columns for it)."""
     scale: float = 1.0
     """How much of the run's adapter is used: below 1 less is forgotten, and less is known."""
+    max_shard_size: str | None = None
+    """Largest part, 5GB or 900MB: what is larger becomes a folder of parts, in place of the file."""
     ollama: Annotated[bool, Flag(negative=())] = False
     """Write a Modelfile beside it, with the template in Ollama's language and every stop token."""
     verify: Annotated[bool, Flag(negative=())] = False
@@ -299,9 +301,20 @@ class ExportConfig:
         object.__setattr__(self, "quant", self.quant.upper())
         _require(
             (self.quant in QUANTS, f"--quant {self.quant}: choose one of {', '.join(QUANTS)}"),
+            (
+                not (self.ollama and self.max_shard_size),
+                "--ollama takes one file, and --max-shard-size makes parts: leave one of them out",
+            ),
             (0 < self.scale < inf, f"--scale {self.scale}: give more than 0"),
             (self.threads is None or self.threads > 0, f"--threads {self.threads}: give 1 or more"),
         )
+        if self.max_shard_size is not None:
+            shard_bytes(self.max_shard_size)
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """--max-shard-size in bytes; None for one file."""
+        return None if self.max_shard_size is None else shard_bytes(self.max_shard_size)
 
 
 @Parameter(name="*", group=Group("Evaluation", sort_key=0))

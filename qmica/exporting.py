@@ -5,7 +5,7 @@ so that the header and its offsets are known; then the blocks are made, written 
 the adapter does not touch and whose type stays are copied byte for byte, its metadata and tokenizer as they are. The
 file is written beside its name, read back with our own reader, compared with what was planned, and renamed.
 
-What it gives up: importance matrices and split files (llama-quantize and llama-gguf-split make them from the F16 file).
+What it gives up: importance matrices (llama-quantize takes them, with the F16 file).
 
 Sources: llama.cpp's conversion/base.py (metadata), convert_lora_to_gguf.py and src/llama-adapter.cpp (adapters).
 """
@@ -52,7 +52,7 @@ from qmica import (
 from qmica.adapter import Factors
 from qmica.config import ExportConfig
 from qmica.errors import QmicaError
-from qmica.gguf_file import GGUFFile, GGUFTensor
+from qmica.gguf_file import GGUFFile, GGUFTensor, find_shards
 from qmica.merging import Opened
 from qmica.survival import Survival
 from qmica.weights import LazyTensor, Weights
@@ -66,6 +66,7 @@ SAMPLE = 256  # bytes at each end of a tensor, compared when the file is read ba
 FINE = {T.F32, T.F16, T.BF16, T.Q8_0}  # they hardly change what they are given
 
 STRING, U32, F32 = GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.FLOAT32
+U16, I32 = GGUFValueType.UINT16, GGUFValueType.INT32
 Entry = tuple  # key, value type, value, and the element type of an array: what GGUFWriter.add_key_value takes
 
 # A and B of an adapter. F32 loses nothing; an F16 or BF16 matrix makes llama.cpp round what it multiplies as well
@@ -122,16 +123,14 @@ def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Pat
     spare = 0 if config.adapter else METADATA_BYTES
     durable.require_space(target.parent, plan.nbytes + spare, f"exporting {target.name}")
     _show(plan)
-    with durable.replacing(target) as part:
-        samples = write(part, plan)
-        check(part, plan, samples, config.adapter)
+    target = _write_whole(target, plan, config)
     if rounding.total:
         print(rounding)
     for line in survival.lines():
         print(line)
     if config.verify:
         _verify(opened, target, config)
-    print(f"{target}: {durable.size_text(target.stat().st_size)}")
+    print(f"{target}: {durable.size_text(sum(part.stat().st_size for part in find_shards(target)))}")
     steps = _next_steps(opened, target, config.adapter)
     print("\n".join([*steps, *(_for_ollama(opened, target, config) if config.ollama else [NO_MODELFILE])]))
     return target
@@ -448,6 +447,48 @@ def write(path: Path, plan: Plan) -> dict[str, tuple[bytes, bytes]]:
     return samples
 
 
+def _write_whole(target: Path, plan: Plan, config: ExportConfig) -> Path:
+    """Write the plan and read it back: one file, or a folder of parts. Returns the file to be opened."""
+    parts = split(plan, config.shard_bytes) if config.shard_bytes else [plan]
+    if len(parts) == 1:
+        with durable.replacing(target) as part:
+            check(part, plan, write(part, plan), config.adapter)
+        return target
+    stem = target.name.removesuffix(".gguf")
+    folder = target.with_name(stem)
+    names = [f"{stem}-{number:05d}-of-{len(parts):05d}.gguf" for number in range(1, len(parts) + 1)]
+    with durable.replacing_folder(folder) as made:
+        samples = {}
+        for name, part in zip(names, parts, strict=True):
+            samples |= write(made / name, part)
+        check(made / names[0], plan, samples, config.adapter)
+    print(f"{folder}: {len(parts)} parts; what is given the first of them reads them all")
+    return folder / names[0]
+
+
+def split(plan: Plan, most: int) -> list[Plan]:
+    """The plan in parts of at most `most` bytes of tensors (one tensor, where that is larger), as llama-gguf-split has
+    them: all metadata in the first, `split.*` in each."""
+    groups, held = [[]], 0
+    for tensor in plan.tensors:
+        if groups[-1] and held + tensor.nbytes > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(tensor)
+        held += tensor.nbytes
+    if len(groups) == 1:
+        return [plan]
+    common = [("split.count", U16, len(groups), None), ("split.tensors.count", I32, len(plan.tensors), None)]
+    return [
+        replace(
+            plan,
+            entries=(*(plan.entries if number == 0 else ()), ("split.no", U16, number, None), *common),
+            tensors=tuple(group),
+        )
+        for number, group in enumerate(groups)
+    ]
+
+
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal, nothing elsewhere."""
@@ -539,12 +580,14 @@ def _for_ollama(opened: Opened, target: Path, config: ExportConfig) -> list[str]
         model, notes = str(base.files[0].resolve()), []
     else:
         model, notes = "./BASE.gguf", [f"BASE.gguf: {base.id} as a GGUF, in any type"]
+    learnt = opened.run.config().get("data", {}).get("formats", [])
     text, said = ollama.modelfile(
         model,
         tokenizer.load(base),
         opened.weights.config["max_position_embeddings"],
         ollama.generation_settings(base),
         adapter=f"./{target.name}" if config.adapter else None,
+        chats=bool(set(learnt) - {"text"}),
         notes=notes,
     )
     file = target.with_suffix(".Modelfile")

@@ -155,15 +155,16 @@ def _texts(parts: Iterable) -> Iterator[str]:
 # ---- recognizing it
 
 
-def recognize(tokens, stops: Iterable[str] = ()) -> Turns | None:
+def recognize(tokens, stops: Iterable[str] = (), template: str | None = None) -> Turns | None:
     """What a tokenizer's chat template does, as `Turns`; None where that form does not give the same text. stops: the
-    texts that end a turn. BOS is left out where Ollama puts it before every text itself.
+    texts that end a turn. template: one to use in place of its own. BOS is left out where Ollama puts it before every
+    text itself.
     """
     bos = tokens.bos_token or ""
     adds_bos = bool(data.beginning(tokens))
 
     def rendered(messages: Sequence[Message]) -> str:
-        text = tokens.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokens.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
         return text.removeprefix(bos) if adds_bos else text
 
     try:
@@ -267,20 +268,23 @@ def modelfile(
     context: int,
     generation: Mapping | None = None,
     adapter: str | None = None,
+    chats: bool = False,
     notes: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
     """The text of a Modelfile, and what there is to say about it, a line each.
 
     model, adapter: paths as FROM and ADAPTER take them, relative to the Modelfile or absolute. tokens: the model's
-    tokenizer. context: the tokens that the model was made for. generation: generation_config.json. notes: comments.
+    tokenizer. context: the tokens that the model was made for. generation: generation_config.json. chats: whether a
+    model without a chat template was taught chats, in the form that `data` gives them. notes: comments.
     """
     generation = dict(generation or {})
     stops = stop_texts(tokens, generation)
     turns, said = None, []
-    if tokens.chat_template:
-        turns = recognize(tokens, stops)
-        said = _remarks(tokens, turns)
-    template = PLAIN if not tokens.chat_template else turns and turns.template()
+    if chat := bool(tokens.chat_template) or chats:
+        jinja = data.chat_template(tokens)
+        turns = recognize(tokens, stops, jinja)
+        said = _remarks(jinja, turns)
+    template = turns and turns.template() if chat else PLAIN
     lines = [*(f"# {note}" for note in notes), f"FROM {model}"]
     lines += [f"ADAPTER {adapter}"] if adapter else []
     lines += [f'TEMPLATE """{template}"""'] if template else []
@@ -311,14 +315,13 @@ def stop_texts(tokens, generation: Mapping | None = None) -> list[str]:
     return [tokens.convert_ids_to_tokens(id) for id in sorted(ids)]
 
 
-def _remarks(tokens, turns: Turns | None) -> list[str]:
+def _remarks(jinja: str, turns: Turns | None) -> list[str]:
     if turns is None:
         return [
             "the chat template is of a form that qmica cannot write for Ollama: the Modelfile has no TEMPLATE, and "
             "Ollama takes its own for this model, if it has one"
         ]
-    template = tokens.get_chat_template()
-    if "strftime_now" in template:
+    if "strftime_now" in jinja:
         return ["the chat template writes today's date, which Ollama's cannot: the Modelfile has that of this export"]
     return []
 

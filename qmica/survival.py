@@ -71,11 +71,8 @@ class Survival:
         }
         if not shares:
             return []
-        kept = ", ".join(
-            f"{name} {100 * share:.3g} % (rounding error {error:.2g} times the change)"
-            for name, (share, error) in shares.items()
-        )
-        lines = [f"of the adapter's change of the weights this keeps: {kept}"]
+        kept = ", ".join(f"{name} {100 * share:.3g} % ({error:.2g})" for name, (share, error) in shares.items())
+        lines = [f"of the adapter's change rounding keeps, beside an error of so many times the change: {kept}"]
         worst = min(share for share, _ in shares.values())
         if worst < LITTLE or max(error for _, error in shares.values()) > LOUD:
             lines.append("  the adapter beside its base is not rounded: qmica export --adapter; finer types lose less")

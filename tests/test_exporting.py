@@ -376,6 +376,58 @@ def test_a_real_model(smollm2_gguf, tmp_path, capsys):
     )
 
 
+# ---- in parts
+
+
+@needs_llama
+@pytest.mark.parametrize("quant", ["F16", "Q4_K_M"])
+def test_parts_are_one_model(wide, tmp_path, quant, capsys):
+    """llama.cpp and our own reader open the first part; the parts hold what the one file holds."""
+    whole = export(wide[1], quant=quant, out=tmp_path / "whole.gguf")
+    first = export(wide[1], quant=quant, out=tmp_path / "parts.gguf", max_shard_size="1MB")
+    said = capsys.readouterr().out
+    parts = sorted(first.parent.iterdir())
+    count = len(parts)
+    assert first == parts[0] == tmp_path / "parts" / f"parts-00001-of-{count:05d}.gguf" and count > 2
+    assert f"{tmp_path / 'parts'}: {count} parts" in said and f"llama-cli -m {first}" in said
+    one, many = GGUFFile.open(whole), GGUFFile.open(first)
+    assert list(many.tensors) == list(one.tensors)
+    assert all(np.array_equal(many.tensors[n].raw(), tensor.raw()) for n, tensor in one.tensors.items())
+    added = {"split.no": 0, "split.count": count, "split.tensors.count": len(one.tensors)}
+    assert many.metadata == {**one.metadata, **added}
+    assert np.array_equal(llama_log_p(first), llama_log_p(whole))
+    sizes = [sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(part).tensors) for part in parts]
+    largest = max(tensor.nbytes for tensor in one.tensors.values())
+    assert all(size <= max(1_000_000, largest) for size in sizes) and sum(sizes) == sum(
+        tensor.nbytes for tensor in one.tensors.values()
+    )
+
+
+def test_a_small_model_stays_one_file(own_run):
+    assert export(own_run, quant="Q8_0", max_shard_size="1GB") == own_run / "run.Q8_0.gguf"
+
+
+def test_parts_whole_or_not_at_all(wide, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(wide[1], tmp_path / "run"))
+    before, calls, quantize = files(tmp_path), [], ggml.quantize
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return quantize(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ggml, "quantize", failing)
+        with pytest.raises(KeyboardInterrupt):
+            export(run, quant="F16", max_shard_size="1MB")
+    assert files(tmp_path) == before and len(calls) == 12
+    first = export(run, quant="F16", max_shard_size="1MB")
+    with pytest.raises(QmicaError, match=r"output folder \S+/run\.F16 is not empty \(it holds run\.F16-00001-of-"):
+        export(run, quant="F16", max_shard_size="1MB")
+    assert GGUFFile.open(first).tensors
+
+
 # ---- for Ollama
 
 
@@ -406,6 +458,22 @@ def test_a_modelfile_beside_an_adapter(own_run, llama_run, tmp_path, capsys):
     said = parse_modelfile(adapter.with_suffix(".Modelfile").read_text())
     assert Path(said["from"]).samefile(base) and (run / said["adapter"]).samefile(adapter)
     assert said["template"] == parse_modelfile(text)["template"]
+
+
+def test_a_modelfile_of_a_base_model(llama_run, tmp_path):
+    """It goes on with a text; one that was taught chats gets the form in which it was taught them."""
+    base = Path(shutil.copytree(llama_run[0], tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    run = tmp_path / "run"
+    make_run(run / "adapter", base, targets="qv")
+    for formats, template in ((["text"], "{{ .Prompt }}"), (["messages", "text"], None)):
+        record = {"train": {"model": str(base), "revision": None, "bits": 16}, "data": {"formats": formats}}
+        (run / "config.json").write_text(json.dumps(record))
+        export(run, adapter=True, ollama=True)
+        said = parse_modelfile((run / "run.adapter.Modelfile").read_text())
+        if template:
+            assert said["template"] == template
+    assert prompt(said, [{"role": "user", "content": "Hi"}]) == "### User:\nHi\n\n### Assistant:\n"
 
 
 def test_a_modelfile_of_a_real_model(smollm2_gguf, tmp_path, capsys):
