@@ -21,6 +21,7 @@ from qmica.checkpointing import CHECKPOINT, MODES, PLAIN, PRODUCTS
 from qmica.durable import size_text
 from qmica.memory import Case, Plan
 
+SLACK = 1.1  # of the plan, before malloc's holes are returned
 OF_WHAT_IS_FREE = 0.8  # other programs, and what the plan does not see, keep a fifth
 
 
@@ -40,8 +41,10 @@ class Choice:
 
     @property
     def limit(self) -> float:
-        """Bytes above which the holes of malloc go back to the kernel."""
-        return self.plan.total
+        """Bytes above which malloc's holes go back to the kernel: a tenth above the plan, never above a budget that it
+        is within.
+        """
+        return min(max(self.budget, self.plan.total), SLACK * self.plan.total)
 
     @property
     def modes(self) -> tuple[str, ...]:

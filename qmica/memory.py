@@ -9,9 +9,10 @@ A step has two peaks: the loss, with one chunk's logits, and the backward of the
 layers keep. On a CPU glibc holds more than that. torch asks for memory aligned to 64 bytes, and glibc (to 2.41 at
 least) fills such a request only from a hole that is 96 bytes larger: a tensor does not fit where one of its size has
 been. How large the holes grow is measured (scripts/check_plan.py), by two factors: for what layers keep, and for what
-comes and goes within a layer. They are planned with and left alone up to the budget: returning them to the kernel
-whenever a step held more than its tensors took SmolLM2's checkpointed step from 963 MB to 478, and from 20.5
-CPU-seconds to 23.6, as the kernel clears 235,000 pages a step. Above the budget `held_below` does that.
+comes and goes within a layer. They are planned with, and `held_below` returns to the kernel what grows more than a
+tenth above the plan. Left alone, SmolLM2's checkpointed step of 4 x 512 tokens held 1.6 to 1.8 GB where 1.0 were
+planned, and took 43 to 44 CPU-seconds; 48 to 53 where they were returned at the plan itself, as the kernel clears every
+page that it gives.
 
 What it gives up: tensors of 32 MB and more are taken to leave no holes, as `allocator.keep_freed` has them mapped; and
 what loading and subspaces take for a moment.
@@ -40,7 +41,7 @@ from qmica.weights import packed_bytes
 # fitted by scripts/check_plan.py on a CPU
 IMPORTS = 0.30e9  # bytes of the process with torch, transformers and bitsandbytes imported
 WORD = 1010  # bytes of the tokenizer a token of the vocabulary
-HOLES_KEPT, HOLES_PASSING = 1.6, 3.5  # what glibc holds for each byte that layers keep, and that comes and goes
+HOLES_KEPT, HOLES_PASSING = 1.3, 2.8  # what glibc holds for each byte that layers keep, and that comes and goes
 
 
 # ---- what is planned
