@@ -26,7 +26,7 @@ LAYERS = (
         "mapping",
         "samples",
     },
-    {"subspace", "store", "ggml", "source", "targets", "packing", "records", "progress"},
+    {"subspace", "store", "ggml", "imatrix", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases"},
     {"linear", "data", "memory", "quantized", "window"},
     {"model", "streaming"},
