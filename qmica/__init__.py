@@ -111,9 +111,9 @@ def eval(run: str | Path | Run | None = None, **options: Any) -> dict:
     return evaluation.evaluate(_name(run), plan, model if given else None, False)
 
 
-def export(run: str | Path | Run | None = None, out: str | Path | None = None, **options: Any) -> Path:
-    """Write a run as GGUF and return the file. options: the other fields of ExportConfig (`quant`, `adapter`,
-    `base`, `scale`).
+def export(run: str | Path | Run | None = None, out: str | Path | None = None, **options: Any) -> Path | list[Path]:
+    """Write a run as GGUF and return the file, or the files where `quant` names several types ("Q4_K_M,Q8_0") and `out`
+    their folder. options: the other fields of ExportConfig (`quant`, `imatrix`, `adapter`, `base`, `scale`).
     """
     from qmica import config, exporting
 

@@ -250,6 +250,7 @@ def merge(
     sort_key=6,
     help_epilogue=_examples(
         "qmica export --quant Q4_K_M",
+        "qmica export --quant Q4_K_M,Q8_0 --imatrix model.imatrix.gguf",
         "qmica export runs/notes --adapter --out notes.adapter.gguf",
     ),
 )

@@ -269,8 +269,9 @@ class Job:
 
 QUANTS = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
-    *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
+    *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
+UNWEIGHABLE = {"F32", "F16", "BF16", "Q8_0"}  # ggml rounds them the same way with an importance matrix and without
 
 
 @Parameter(name="*", group=Group("Export", sort_key=0))
@@ -279,9 +280,11 @@ class ExportConfig:
     """What is written as GGUF."""
 
     out: Annotated[Path | None, Flag(name=("--out", "-o"))] = None
-    """The file; left out: RUN/<name>.<quant>.gguf, or RUN/<name>.adapter.gguf."""
+    """The file, or the folder of several (--quant Q4_K_M,Q8_0); left out: RUN/<name>.<quant|adapter>.gguf."""
     quant: str = "Q4_K_M"
-    """F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K."""
+    """F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ4_NL IQ4_XS"""
+    imatrix: Path | None = None
+    """An importance matrix of llama-imatrix: quantization errors weigh by how much each input is used."""
     adapter: Annotated[bool, Flag(negative=())] = False
     """The adapter alone, to be used beside the GGUF you already have."""
     base: Literal["original", "quantized"] = "original"
@@ -298,12 +301,27 @@ class ExportConfig:
     """CPU threads; left out: all cores."""
 
     def __post_init__(self):
-        object.__setattr__(self, "quant", self.quant.upper())
+        object.__setattr__(self, "quant", self.quant.upper().replace(" ", ""))
+        unknown = [quant or "''" for quant in self.quants if quant not in QUANTS]
+        several, weighable = len(self.quants) > 1, set(self.quants) - UNWEIGHABLE
         _require(
-            (self.quant in QUANTS, f"--quant {self.quant}: choose one of {', '.join(QUANTS)}"),
+            (not unknown, f"--quant {', '.join(unknown)}: choose one of {', '.join(QUANTS)}"),
+            (len(set(self.quants)) == len(self.quants), f"--quant {self.quant}: name each type once"),
+            (
+                not several or self.out is None or self.out.suffix.lower() != ".gguf",
+                f"--out {self.out} is one file, and --quant {self.quant} makes {len(self.quants)}: name a folder",
+            ),
+            (
+                self.imatrix is None or (bool(weighable) and not self.adapter),
+                f"--imatrix changes nothing in {'an adapter' if self.adapter else self.quant}: leave it out",
+            ),
             (
                 not (self.ollama and self.max_shard_size),
                 "--ollama takes one file, and --max-shard-size makes parts: leave one of them out",
+            ),
+            (
+                not (several and self.max_shard_size),
+                f"--max-shard-size takes one type, and --quant {self.quant} names {len(self.quants)}: name one",
             ),
             (0 < self.scale < inf, f"--scale {self.scale}: give more than 0"),
             (self.threads is None or self.threads > 0, f"--threads {self.threads}: give 1 or more"),
@@ -315,6 +333,11 @@ class ExportConfig:
     def shard_bytes(self) -> int | None:
         """--max-shard-size in bytes; None for one file."""
         return None if self.max_shard_size is None else shard_bytes(self.max_shard_size)
+
+    @property
+    def quants(self) -> tuple[str, ...]:
+        """The types of `quant`, in its order."""
+        return tuple(self.quant.split(","))
 
 
 @Parameter(name="*", group=Group("Evaluation", sort_key=0))

@@ -1,11 +1,12 @@
 """Write GGUF: the merged model in any type that llama.cpp knows from llama-quantize, or the adapter alone.
 
 How: every tensor of the file to be is planned first (name, shape, type, and a way to produce its bytes block by block),
-so that the header and its offsets are known; then the blocks are made, written and forgotten. From a GGUF, tensors that
-the adapter does not touch and whose type stays are copied byte for byte, its metadata and tokenizer as they are. The
-file is written beside its name, read back with our own reader, compared with what was planned, and renamed.
+so that the header and its offsets are known; then the blocks are made, written and forgotten. Several files (one for
+each --quant) are written side by side: a block of a tensor is read and merged once, and packed for each. From a GGUF,
+tensors that the adapter does not touch and whose type stays are copied byte for byte, its metadata and tokenizer as
+they are. A file is written beside its name, read back with our own reader, compared with what was planned, and renamed.
 
-What it gives up: importance matrices (llama-quantize takes them, with the F16 file).
+What it gives up: parts of several types at once (--max-shard-size takes one).
 
 Sources: llama.cpp's conversion/base.py (metadata), convert_lora_to_gguf.py and src/llama-adapter.cpp (adapters).
 """
@@ -15,11 +16,10 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from gguf import (
     GGML_QUANT_SIZES,
     GGML_QUANT_VERSION,
     GGMLQuantizationType,
-    GGUFEndian,
     GGUFValueType,
     GGUFWriter,
     LlamaFileType,
@@ -41,6 +40,7 @@ from qmica import (
     compensation,
     durable,
     ggml,
+    imatrix,
     llamacpp,
     merging,
     ollama,
@@ -50,7 +50,7 @@ from qmica import (
     verification,
 )
 from qmica.adapter import Factors
-from qmica.config import ExportConfig
+from qmica.config import UNWEIGHABLE, ExportConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor, find_shards
 from qmica.merging import Opened
@@ -76,14 +76,22 @@ ADAPTER_TYPES = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16, ExportConfig.quant:
 STALE = re.compile(r"general\.(architecture|alignment|file_type|quantization_version)|(split|quantize\.imatrix)\..*")
 
 
+Blocks = Callable[[], Iterator[np.ndarray]]  # a tensor's rows, block after block, made when they are asked for
+
+
+def _as_they_are(block: np.ndarray) -> np.ndarray:
+    return block
+
+
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the file to be: `blocks()` gives its bytes, uint8 rows after rows, made when they are asked for."""
+    """One tensor of the file to be: `pack` makes the file's bytes of a block of `blocks`, which files may share."""
 
     name: str
     shape: tuple[int, ...]
     type: T
-    blocks: Callable[[], Iterator[np.ndarray]]
+    blocks: Blocks
+    pack: Callable[[np.ndarray], np.ndarray] = _as_they_are
     copied: bool = False  # byte for byte from a GGUF source
 
     @property
@@ -105,67 +113,82 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Path:
-    """Write a run as GGUF and say how to use it. Returns the file.
+def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Path | list[Path]:
+    """Write a run as GGUF and say how to use it. Returns the file, or the files where several types are asked for.
 
     run: a run, an adapter folder, or a name under runs/ (None: the newest). Raises QmicaError, before anything is
-    written, for an adapter that is not of this base, a family or type that cannot be written here, and a full disk.
+    written, for an adapter that is not of this base, a family or type that cannot be written here, an importance
+    matrix of another model, and a full disk.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     opened = merging.open_run(run, config.scale)
     if config.base == "quantized":
         merging.require_seen(opened)
-    target = _target(opened, config)
+    targets = _targets(opened, config)
     rounding, survival = merging.Rounding(), Survival()
-    plan = _plan_adapter(opened, config) if config.adapter else _plan_model(opened, config, rounding, survival)
-    ggml.require_writable({tensor.type for tensor in plan.tensors if not tensor.copied})
-    spare = 0 if config.adapter else METADATA_BYTES
-    durable.require_space(target.parent, plan.nbytes + spare, f"exporting {target.name}")
-    _show(plan)
-    target = _write_whole(target, plan, config)
-    if rounding.total:
-        print(rounding)
-    for line in survival.lines():
+    plans = [_plan_adapter(opened, config)] if config.adapter else _plan_models(opened, config, rounding, survival)
+    packed = {tensor.type for plan in plans for tensor in plan.tensors if not tensor.copied}
+    ggml.require_writable(packed, config.imatrix is not None)
+    needed = sum(plan.nbytes + (0 if config.adapter else METADATA_BYTES) for plan in plans)
+    durable.require_space(targets[0].parent, needed, f"exporting {', '.join(target.name for target in targets)}")
+    _show(plans, targets)
+    targets = _written(targets, plans, config)
+    for line in [*([rounding] if rounding.total else []), *survival.lines()]:
         print(line)
-    if config.verify:
-        _verify(opened, target, config)
-    print(f"{target}: {durable.size_text(sum(part.stat().st_size for part in find_shards(target)))}")
-    steps = _next_steps(opened, target, config.adapter)
-    print("\n".join([*steps, *(_for_ollama(opened, target, config) if config.ollama else [NO_MODELFILE])]))
-    return target
+    for target, kind in zip(targets, config.quants, strict=False):
+        if config.verify:
+            _verify(opened, target, replace(config, quant=kind))
+        print(f"{target}: {durable.size_text(sum(part.stat().st_size for part in find_shards(target)))}")
+    said = _next_steps(opened, targets[0], config.adapter)
+    for target in targets if config.ollama else ():
+        said += _for_ollama(opened, target, config)
+    print("\n".join(said if config.ollama else [*said, NO_MODELFILE]))
+    return targets[0] if len(targets) == 1 else targets
 
 
-def _target(opened: Opened, config: ExportConfig) -> Path:
-    """The file to write; never the base's own."""
-    kind = "adapter" if config.adapter else config.quant
-    target = config.out if config.out is not None else opened.run.folder / f"{opened.run.name}.{kind}.gguf"
-    if target.exists() and any(target.samefile(file) for file in opened.source.files):
-        raise QmicaError(f"--out {target} is the base model itself: choose another name")
-    return target
+def _targets(opened: Opened, config: ExportConfig) -> list[Path]:
+    """The files to write, one for each type; never the base's own."""
+    kinds = ["adapter"] if config.adapter else config.quants
+    folder = opened.run.folder if config.out is None else config.out
+    targets = [folder / f"{opened.run.name}.{kind}.gguf" for kind in kinds]
+    if config.out is not None and len(kinds) == 1:
+        targets = [config.out]
+    for target in targets:
+        if target.exists() and any(target.samefile(file) for file in opened.source.files):
+            raise QmicaError(f"--out {target} is the base model itself: choose another name")
+    return targets
 
 
 # ---- the merged model
 
 
-def _plan_model(opened: Opened, config: ExportConfig, rounding: merging.Rounding, survival: Survival) -> Plan:
-    """The merged model: which type each tensor gets, and where its bytes come from."""
+def _plan_models(opened: Opened, config: ExportConfig, rounding: merging.Rounding, survival: Survival) -> list[Plan]:
+    """The merged model in each type: which type each tensor gets, and where its bytes come from."""
     weights = merging.merged(opened.weights, opened.adapter, config.base, opened.bits, rounding, survival)
     family = architectures.for_config(weights.config)
     extra = _extra_tensors(weights, family)
     names = _tensor_names(weights, family)
-    types, notes = _types(config.quant, {name: weights[hf].shape for name, hf in names.items()}, family.name)
-    survival.types = {hf: types[name] for name, hf in names.items()}
-    planned = {
-        name: _planned(
-            name, types[name], _in_gguf(weights[hf], hf, family), family.row_order(hf, weights.config), config.threads
-        )
+    shapes = {name: weights[hf].shape for name, hf in names.items()}
+    rows = {
+        name: _rows(_in_gguf(weights[hf], hf, family), family.row_order(hf, weights.config))
         for name, hf in names.items()
     }
+    importance = None if config.imatrix is None else imatrix.read(config.imatrix).fitted(shapes)
     entries = _copied_entries(weights.gguf) if weights.gguf else _folder_entries(opened, family)
-    merging_note = merging.describe(opened, config.base, config.scale)
-    notes = (merging_note, *notes, *_second_rounding(weights.gguf, planned, config.quant))
-    return Plan(family.name, (*entries, *_quant_entries(config.quant)), (*planned.values(), *extra.values()), notes)
+    print(merging.describe(opened, config.base, config.scale))
+
+    def plan(kind: str) -> Plan:
+        types, notes = _types(kind, shapes, family.name, importance is not None)
+        if not survival.types:  # of several files the first is asked what it kept
+            survival.types = {hf: types[name] for name, hf in names.items()}
+        packs = {name: _packer(name, types[name], importance, config.threads) for name in names}
+        planned = [_planned(name, types[name], weights[hf], rows[name], packs[name]) for name, hf in names.items()]
+        notes += [*_weighed(importance, planned), *_second_rounding(weights.gguf, planned, kind)]
+        said = (*entries, *_quant_entries(kind), *_imatrix_entries(importance, kind))
+        return Plan(family.name, said, (*planned, *extra.values()), tuple(notes))
+
+    return [plan(kind) for kind in config.quants]
 
 
 def _tensor_names(weights: Weights, family: architectures.Architecture) -> dict[str, str]:
@@ -197,13 +220,15 @@ def _extra_tensors(weights: Weights, family: architectures.Architecture) -> dict
     return {name: Planned(name, data.shape, T.F32, _whole(data)) for name, data in made.items()}
 
 
-def _whole(data: np.ndarray) -> Callable[[], Iterator[np.ndarray]]:
+def _whole(data: np.ndarray) -> Blocks:
     return lambda: iter([np.ascontiguousarray(data, np.float32).view(np.uint8)])
 
 
-def _types(quant: str, shapes: Mapping[str, tuple], architecture: str) -> tuple[dict[str, T], list[str]]:
+def _types(
+    quant: str, shapes: Mapping[str, tuple], architecture: str, weighted: bool
+) -> tuple[dict[str, T], list[str]]:
     """The type of each tensor, and what there is to say about types other than those asked for."""
-    types = ggml.mix(quant, shapes, architecture)
+    types = ggml.mix(quant, shapes, architecture, weighted)
     notes = []
     main = ggml.named(quant).type
     if main not in ggml.PACKED_BY_GGML and not (llamacpp.available() or os.environ.get("QMICA_GGML")):
@@ -221,12 +246,20 @@ def _types(quant: str, shapes: Mapping[str, tuple], architecture: str) -> tuple[
     return types, notes
 
 
-def _second_rounding(file: GGUFFile | None, planned: Mapping[str, Planned], quant: str) -> list[str]:
+def _weighed(importance: imatrix.Importance | None, planned: Iterable[Planned]) -> list[str]:
+    """What part of the tensors an importance matrix covers."""
+    if importance is None:
+        return []
+    names = [tensor.name for tensor in planned if tensor.type in ggml.WEIGHABLE and not tensor.copied]
+    return [importance.describe(names)] if names else []
+
+
+def _second_rounding(file: GGUFFile | None, planned: Iterable[Planned], quant: str) -> list[str]:
     """What to say where a quantized GGUF is quantized again. On SmolLM2 in Q4_1, KL to the tuned model in fp32: the
     GGUF with the adapter beside it 0.005, Q8_0 0.006, Q4_K_M 0.077 (the tuning itself 0.017)."""
     if file is None or ggml.named(quant).type in FINE:
         return []
-    old = {file.tensors[name].type for name, tensor in planned.items() if not tensor.copied} - FINE
+    old = {file.tensors[tensor.name].type for tensor in planned if not tensor.copied} - FINE
     if not old:
         return []
     names = "/".join(sorted(type_.name for type_ in old))
@@ -236,19 +269,28 @@ def _second_rounding(file: GGUFFile | None, planned: Mapping[str, Planned], quan
     ]
 
 
-def _planned(name: str, type_: T, tensor: LazyTensor, order: np.ndarray | None, threads: int | None) -> Planned:
+def _planned(
+    name: str, type_: T, tensor: LazyTensor, rows: Blocks, pack: Callable[[np.ndarray], np.ndarray]
+) -> Planned:
     """A tensor of the model: the source's bytes where nothing changes, else its rows, packed block by block."""
     if tensor.quantized is not None and tensor.quantized.type == type_:
         return _copy(name, tensor.quantized)
+    return Planned(name, tensor.shape, type_, rows, pack)
 
-    def blocks() -> Iterator[np.ndarray]:
-        for rows in _rows(tensor, order):
-            try:
-                yield ggml.quantize(rows, type_, threads)
-            except QmicaError as error:
-                raise QmicaError(f"{name}: {error}") from error
 
-    return Planned(name, tensor.shape, type_, blocks)
+def _packer(
+    name: str, type_: T, importance: imatrix.Importance | None, threads: int | None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Packs blocks of fp32 rows of one tensor."""
+    weighs = None if importance is None else importance.columns.get(name)
+
+    def pack(rows: np.ndarray) -> np.ndarray:
+        try:
+            return ggml.quantize(rows, type_, threads, weighs)
+        except QmicaError as error:
+            raise QmicaError(f"{name}: {error}") from error
+
+    return pack
 
 
 def _in_gguf(tensor: LazyTensor, hf_name: str, family: architectures.Architecture) -> LazyTensor:
@@ -271,19 +313,23 @@ def _copy(name: str, stored: GGUFTensor) -> Planned:
     )
 
 
-def _rows(tensor: LazyTensor, order: np.ndarray | None) -> Iterator[np.ndarray]:
+def _rows(tensor: LazyTensor, order: np.ndarray | None) -> Blocks:
     """The tensor's rows in llama.cpp's order, fp32 (rows, columns), a block at a time; a vector is one row."""
-    if len(tensor.shape) == 1:
+
+    def vector() -> Iterator[np.ndarray]:
         whole = tensor.load().float().numpy()
         yield (whole if order is None else whole[order])[None]
-        return
-    for start, stop in tensor.blocks(BLOCK_BYTES):
-        if order is None:
-            yield tensor.rows(start, stop).float().numpy()
-            continue
-        wanted = order[start:stop]  # it stays within heads, so what lies between is little more than the block
-        first = int(wanted.min())
-        yield tensor.rows(first, int(wanted.max()) + 1).float().numpy()[wanted - first]
+
+    def matrix() -> Iterator[np.ndarray]:
+        for start, stop in tensor.blocks(BLOCK_BYTES):
+            if order is None:
+                yield tensor.rows(start, stop).float().numpy()
+                continue
+            wanted = order[start:stop]  # it stays within heads, so what lies between is little more than the block
+            first = int(wanted.min())
+            yield tensor.rows(first, int(wanted.max()) + 1).float().numpy()[wanted - first]
+
+    return vector if len(tensor.shape) == 1 else matrix
 
 
 # ---- metadata
@@ -340,6 +386,19 @@ def _quant_entries(quant: str) -> list[Entry]:
     ]
 
 
+def _imatrix_entries(importance: imatrix.Importance | None, quant: str) -> list[Entry]:
+    """What llama-quantize says of the importance matrix that a file was made with (tools/quantize/quantize.cpp)."""
+    if importance is None or quant in UNWEIGHABLE:
+        return []
+    entries = [
+        ("file", STRING, importance.path.name),
+        ("dataset", STRING, importance.datasets[0] if importance.datasets else None),
+        ("entries_count", U32, len(importance.columns)),
+        ("chunks_count", U32, importance.chunks or None),
+    ]
+    return [(f"quantize.imatrix.{key}", kind, value, None) for key, kind, value in entries if value is not None]
+
+
 # ---- the adapter alone
 
 
@@ -387,10 +446,12 @@ def _pair(opened: Opened, family: architectures.Architecture, path: str, part: F
     hf_name = f"{path}.weight"
     stem, order = family.gguf_name(hf_name), family.row_order(hf_name, opened.weights.config)
     halves = {"lora_a": (part.A, None), "lora_b": (part.B, order)}
-    return [
-        _planned(f"{stem}.{half}", type_, LazyTensor(tuple(data.shape), data.dtype, _slices(data)), rows, None)
-        for half, (data, rows) in halves.items()
-    ]
+    planned = []
+    for half, (data, rows) in halves.items():
+        name, tensor = f"{stem}.{half}", LazyTensor(tuple(data.shape), data.dtype, _slices(data))
+        pack = _packer(name, type_, None, None)
+        planned.append(Planned(name, tensor.shape, type_, _rows(tensor, rows), pack))
+    return planned
 
 
 def _slices(data: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
@@ -406,61 +467,97 @@ def _alpha(factors: Iterable[Factors]) -> float:
 # ---- writing and reading back
 
 
-class _Stream:
-    """What GGUFWriter needs of an array, over blocks that are made as they are written; keeps both ends of what it
-    wrote."""
+class _File:
+    """One GGUF being written: its header at once, then its tensors in the plan's order, a block at a time. Keeps both
+    ends of what it wrote of each."""
 
-    def __init__(self, tensor: Planned, progress: Callable[[int], None]):
-        self.tensor, self.progress = tensor, progress
-        self.nbytes = tensor.nbytes
-        self.head = self.tail = b""
-
-    def tofile(self, file: BinaryIO) -> None:
-        written = 0
-        for block in self.tensor.blocks():
-            data = np.ascontiguousarray(block).reshape(-1)
-            file.write(data)
-            self.head = self.head or data[:SAMPLE].tobytes()
-            self.tail = data[-SAMPLE:].tobytes()
-            written += data.nbytes
-            self.progress(data.nbytes)
-        if written != self.nbytes:
-            raise RuntimeError(f"{self.tensor.name}: {written} bytes were made, and {self.nbytes} planned")
-
-
-def write(path: Path, plan: Plan) -> dict[str, tuple[bytes, bytes]]:
-    """Write the plan to `path`, one block in memory at a time. Returns the first and last bytes of each tensor, as
-    written."""
-    samples = {}
-    with closing(GGUFWriter(path, plan.architecture)) as writer, _bar(plan.nbytes) as progress:
+    def __init__(self, path: Path, plan: Plan):
+        self.writer = GGUFWriter(path, plan.architecture)
         for key, kind, value, element in plan.entries:
-            writer.add_key_value(key, value, kind, element)
+            self.writer.add_key_value(key, value, kind, element)
         for tensor in plan.tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in plan.tensors:
-            stream = _Stream(tensor, progress)
-            writer.write_tensor_data(stream, tensor_endianess=GGUFEndian.LITTLE)
-            samples[tensor.name] = stream.head, stream.tail
-    return samples
+            self.writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_ti_data_to_file()
+        (self.file,) = self.writer.fout
+        self.samples: dict[str, tuple[bytes, bytes]] = {}
+        self.written = 0
+
+    def begin(self) -> None:
+        self.writer.write_padding(self.file, self.file.tell())
+        self.head = self.tail = b""
+        self.written = 0
+
+    def append(self, block: np.ndarray) -> int:
+        """The bytes that were written."""
+        data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+        self.file.write(data)
+        self.head = self.head or data[:SAMPLE].tobytes()
+        self.tail = data[-SAMPLE:].tobytes()
+        self.written += data.nbytes
+        return data.nbytes
+
+    def end(self, tensor: Planned) -> None:
+        if self.written != tensor.nbytes:
+            raise RuntimeError(f"{tensor.name}: {self.written} bytes were made, and {tensor.nbytes} planned")
+        self.writer.write_padding(self.file, tensor.nbytes)
+        self.samples[tensor.name] = self.head, self.tail
+
+    def close(self) -> None:
+        self.writer.close()
 
 
-def _write_whole(target: Path, plan: Plan, config: ExportConfig) -> Path:
-    """Write the plan and read it back: one file, or a folder of parts. Returns the file to be opened."""
-    parts = split(plan, config.shard_bytes) if config.shard_bytes else [plan]
-    if len(parts) == 1:
-        with durable.replacing(target) as part:
-            check(part, plan, write(part, plan), config.adapter)
-        return target
+def write(paths: Sequence[Path], plans: Sequence[Plan]) -> list[dict[str, tuple[bytes, bytes]]]:
+    """Write each plan to its path, side by side, one block of one tensor in memory at a time. The plans are of the same
+    tensors in the same order. Returns the first and last bytes of each tensor of each file, as written."""
+    with ExitStack() as open_files, _bar(sum(plan.nbytes for plan in plans)) as progress:
+        files = []
+        for path, plan in zip(paths, plans, strict=True):
+            files.append(_File(path, plan))
+            open_files.callback(files[-1].close)
+        for tensors in zip(*(plan.tensors for plan in plans), strict=True):
+            _write_tensor(list(zip(files, tensors, strict=True)), progress)
+        return [file.samples for file in files]
+
+
+def _write_tensor(pairs: Sequence[tuple[_File, Planned]], progress: Callable[[int], None]) -> None:
+    """One tensor into each file: blocks that several files are made of are made once."""
+    for file, _ in pairs:
+        file.begin()
+    for blocks in dict.fromkeys(tensor.blocks for _, tensor in pairs):
+        for block in blocks():
+            for file, tensor in pairs:
+                if tensor.blocks is blocks:
+                    progress(file.append(tensor.pack(block)))
+    for file, tensor in pairs:
+        file.end(tensor)
+
+
+def _written(targets: Sequence[Path], plans: Sequence[Plan], config: ExportConfig) -> list[Path]:
+    """Write the plans and read them back: a file each, or a folder of parts. Returns the files to be opened."""
+    parts = split(plans[0], config.shard_bytes) if config.shard_bytes else plans[:1]
+    if len(parts) > 1:
+        return [_write_parts(targets[0], plans[0], parts, config)]
+    with ExitStack() as renamed_at_its_end:
+        beside = [renamed_at_its_end.enter_context(durable.replacing(target)) for target in targets]
+        samples = write(beside, plans)
+        for part, plan, ends in zip(beside, plans, samples, strict=True):
+            check(part, plan, ends, config.adapter)
+            durable.sync(part)  # what fails does so before the first is renamed
+    return list(targets)
+
+
+def _write_parts(target: Path, plan: Plan, parts: Sequence[Plan], config: ExportConfig) -> Path:
+    """A folder of the plan's parts, named after the file it stands for; its first part."""
     stem = target.name.removesuffix(".gguf")
     folder = target.with_name(stem)
     names = [f"{stem}-{number:05d}-of-{len(parts):05d}.gguf" for number in range(1, len(parts) + 1)]
     with durable.replacing_folder(folder) as made:
         samples = {}
         for name, part in zip(names, parts, strict=True):
-            samples |= write(made / name, part)
+            (ends,) = write([made / name], [part])
+            samples |= ends
         check(made / names[0], plan, samples, config.adapter)
     print(f"{folder}: {len(parts)} parts; what is given the first of them reads them all")
     return folder / names[0]
@@ -517,17 +614,24 @@ def check(path: Path, plan: Plan, samples: Mapping[str, tuple[bytes, bytes]], ad
 # ---- what is said
 
 
-def _show(plan: Plan) -> None:
-    """The notes, and a table: type -> tensors, bytes."""
-    for note in plan.notes:
-        print(note)
+def _show(plans: Sequence[Plan], targets: Sequence[Path]) -> None:
+    """The notes of each file, and a table: type -> tensors, bytes."""
+    for plan, target in zip(plans, targets, strict=True):
+        if len(plans) > 1:
+            print(f"{target.name}:")
+        for note in plan.notes:
+            print(note)
+        Console().print(_table(plan))
+
+
+def _table(plan: Plan) -> Table:
     table = Table("type", "tensors", "size", "", box=None, pad_edge=False)
     for type_ in sorted({tensor.type for tensor in plan.tensors}, key=lambda t: t.name):
         these = [tensor for tensor in plan.tensors if tensor.type == type_]
         copied = sum(tensor.copied for tensor in these)
         size = durable.size_text(sum(tensor.nbytes for tensor in these))
         table.add_row(type_.name, str(len(these)), size, f"{copied} copied byte for byte" if copied else "")
-    Console().print(table)
+    return table
 
 
 def _next_steps(opened: Opened, target: Path, adapter: bool) -> list[str]:

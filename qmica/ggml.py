@@ -1,15 +1,16 @@
 """GGUF block formats and type mixes: how one tensor is packed, and which type each tensor of a model gets.
 
-Block formats: dequantization and the simple formats are gguf's numpy code; Q2_K to Q6_K are packed by ggml's own C
-(`ggml_quantize_chunk`, through llamacpp.library()), threads over row chunks. Measured on one 2.5 GHz core, million
+Block formats: dequantization and the simple formats are gguf's numpy code; Q2_K to Q6_K, IQ4_NL and IQ4_XS are packed
+by ggml's own C (`ggml_quantize_chunk`, through llamacpp.library()), threads over row chunks; Q4_0 to Q5_1 too where an
+importance matrix weighs the columns, which gguf's functions cannot. Measured on one 2.5 GHz core, million
 weights a second: numpy dequantizes at 100-190 (Q4_1 130, Q4_K 121) and ggml's C at 500-2100, bit for bit the same; but
 what follows a dequantization is slower still (NF4 of bitsandbytes on two cores: 20), so there is one way only. ggml's C
 packs Q4_K at 7, Q6_K at 20, Q3_K at 50. Work goes in chunks, so that nothing but the result is ever whole: gguf's
 functions alone hold it twice.
 
-Type mixes: `mix` chooses as llama-quantize does (llama.cpp, src/llama-quant.cpp at 007dbbf3fd17,
-`llama_tensor_get_type_impl` and `tensor_type_fallback`), for dense llama and qwen2 models: what the source says of
-Falcon, experts, fused qkv and importance matrices is left out.
+Type mixes: `mix` chooses as llama-quantize does (llama.cpp, src/llama-quant.cpp at 0c1e57098bba,
+`llama_tensor_get_type_impl` and `tensor_type_fallback`), for dense models: what the source says of Falcon, experts and
+convolutions is left out. tests/mix_types.json is llama-quantize's own answer, the oracle.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from qmica.errors import QmicaError
 T = GGMLQuantizationType
 
 PACKED_BY_NUMPY = frozenset({T.F32, T.F16, T.BF16, T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1})
-PACKED_BY_GGML = frozenset({T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K})
+PACKED_BY_GGML = frozenset({T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ4_NL, T.IQ4_XS})
+WEIGHABLE = PACKED_BY_GGML | {T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1}  # ggml's C makes something of an importance matrix
 
 _CHUNK = 1 << 20  # weights a chunk: 4 MB in fp32, large enough that a chunk's overhead (20 µs) is nothing
 
@@ -48,29 +50,41 @@ def row_bytes(columns: int, type: GGMLQuantizationType) -> int:
     return columns // block * block_bytes
 
 
-def require_writable(types: Iterable[GGMLQuantizationType]) -> None:
-    """QmicaError unless all these types can be packed here: ask before the work, not in the middle of it."""
+def require_writable(types: Iterable[GGMLQuantizationType], weighted: bool = False) -> None:
+    """QmicaError unless all these types can be packed here, with an importance matrix if `weighted`: ask before the
+    work, not in the middle of it."""
     types = set(types)
     other = types - PACKED_BY_NUMPY - PACKED_BY_GGML
     if other:
         known = ", ".join(sorted(t.name for t in PACKED_BY_NUMPY | PACKED_BY_GGML))
         raise QmicaError(f"{min(other).name} cannot be written: choose one of {known}")
-    if types & PACKED_BY_GGML:
+    if types & (WEIGHABLE if weighted else PACKED_BY_GGML):
         _quantize_chunk()
 
 
-def quantize(rows: np.ndarray, type: GGMLQuantizationType, threads: int | None = None) -> np.ndarray:
+def quantize(
+    rows: np.ndarray, type: GGMLQuantizationType, threads: int | None = None, importance: np.ndarray | None = None
+) -> np.ndarray:
     """Packs float32 (n, columns) into uint8 (n, row_bytes(columns, type)), byte for byte as llama-quantize does.
 
-    QmicaError for a type that cannot be written, rows that are no whole number of blocks, and weights that are not
-    finite or, for F16, above 65504."""
+    importance: float32 (columns,), what an error in each column counts; types that cannot weigh (F32, F16, BF16, Q8_0)
+    take no notice, as in llama-quantize. QmicaError for a type that cannot be written, rows that are no whole number of
+    blocks, and weights that are not finite or, for F16, above 65504. ValueError for an importance of another length."""
     rows = np.ascontiguousarray(rows, np.float32)
+    weighs = None if importance is None or type not in WEIGHABLE else np.ascontiguousarray(importance, np.float32)
+    if weighs is not None and weighs.shape != rows.shape[1:]:  # ggml's C would read beyond it
+        raise ValueError(f"an importance of {weighs.shape} for rows of {rows.shape[1]}")
     out = np.empty((rows.shape[0], row_bytes(rows.shape[1], type)), np.uint8)
-    require_writable([type])
-    pack = _pack_with_ggml if type in PACKED_BY_GGML else _pack_with_numpy
-    chunks = _chunks(*rows.shape)
+    require_writable([type], weighs is not None)
+
+    def pack(chunk: slice) -> None:
+        if type in PACKED_BY_GGML or weighs is not None:
+            _pack_with_ggml(rows[chunk], type, out[chunk], weighs)
+        else:
+            _pack_with_numpy(rows[chunk], type, out[chunk])
+
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        list(pool.map(lambda chunk: pack(rows[chunk], type, out[chunk]), chunks))
+        list(pool.map(pack, _chunks(*rows.shape)))
     return out
 
 
@@ -100,9 +114,12 @@ def _pack_with_numpy(rows: np.ndarray, type: GGMLQuantizationType, out: np.ndarr
     out[:] = packed.view(np.uint8)
 
 
-def _pack_with_ggml(rows: np.ndarray, type: GGMLQuantizationType, out: np.ndarray) -> None:
+def _pack_with_ggml(
+    rows: np.ndarray, type: GGMLQuantizationType, out: np.ndarray, importance: np.ndarray | None
+) -> None:
     _check_finite(rows, type)
-    written = _quantize_chunk()(type, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
+    weights = None if importance is None else importance.ctypes.data
+    written = _quantize_chunk()(type, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, weights)
     if written != out.nbytes:
         raise RuntimeError(f"ggml packed {written} bytes of {type.name}, and {out.nbytes} were expected")
 
@@ -126,11 +143,13 @@ def _quantize_chunk() -> Callable[..., int]:
 
 
 class Place(NamedTuple):
-    """Where a tensor stands: its layer of `layers`, and query heads per key-value head."""
+    """Where a tensor stands: its layer of `layers`, query heads per key-value head, and whether the model's columns
+    are weighed by an importance matrix."""
 
     layer: int
     layers: int
     queries: int
+    weighted: bool
 
 
 Rule = tuple[Callable[[Place], bool], GGMLQuantizationType]
@@ -158,6 +177,10 @@ def _few_keys(place: Place) -> bool:
     return place.queries >= 4
 
 
+def _first_eighth(weighted: bool) -> Callable[[Place], bool]:
+    return lambda place: place.weighted == weighted and place.layer < place.layers // 8
+
+
 @dataclass(frozen=True)
 class Quant:
     """One --quant: the type of most tensors, and the exceptions by role (the first rule that holds)."""
@@ -168,6 +191,7 @@ class Quant:
 
 
 _MORE_Q6 = {"attn_v": ((_more_bits, T.Q6_K),), "ffn_down": ((_more_bits, T.Q6_K),)}
+_IQ4 = {"attn_v": ((_few_keys, T.Q5_K),), "ffn_down": ((_first_eighth(weighted=False), T.Q5_K),)}
 
 QUANTS: dict[str, Quant] = {
     "Q2_K": Quant(
@@ -203,18 +227,22 @@ QUANTS: dict[str, Quant] = {
     "Q5_K_S": Quant(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_S),
     "Q5_K_M": Quant(T.Q5_K, LlamaFileType.MOSTLY_Q5_K_M, _MORE_Q6),
     "Q6_K": Quant(T.Q6_K, LlamaFileType.MOSTLY_Q6_K),
+    "IQ4_NL": Quant(T.IQ4_NL, LlamaFileType.MOSTLY_IQ4_NL, _IQ4),
+    "IQ4_XS": Quant(T.IQ4_XS, LlamaFileType.MOSTLY_IQ4_XS, _IQ4),
     "Q8_0": Quant(T.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    "Q4_0": Quant(T.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "Q4_0": Quant(T.Q4_0, LlamaFileType.MOSTLY_Q4_0, {"ffn_down": ((_first_eighth(weighted=True), T.Q4_1),)}),
     "Q4_1": Quant(T.Q4_1, LlamaFileType.MOSTLY_Q4_1),
-    "Q5_0": Quant(T.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "Q5_0": Quant(T.Q5_0, LlamaFileType.MOSTLY_Q5_0, {"ffn_down": ((_first_eighth(weighted=True), T.Q5_1),)}),
     "Q5_1": Quant(T.Q5_1, LlamaFileType.MOSTLY_Q5_1),
     "F16": Quant(T.F16, LlamaFileType.MOSTLY_F16),
     "BF16": Quant(T.BF16, LlamaFileType.MOSTLY_BF16),
     "F32": Quant(T.F32, LlamaFileType.ALL_F32),
 }
 
-# What a K-quant becomes where rows are no multiple of 256. (Until early 2026 llama.cpp took IQ4_NL for the first two.)
-_FALLBACK = {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
+# What a type with blocks of 256 becomes where rows are no multiple. (Until early 2026 Q2_K and Q3_K became IQ4_NL.)
+_FALLBACK = {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0, T.IQ4_XS: T.IQ4_NL}
+# LLM_TYPE_70B in llama.cpp's load_hparams: architectures whose 80 layers are taken for it, whatever their heads
+_LARGE_AT_80_LAYERS = frozenset({"qwen2"})
 _UNQUANTIZED = frozenset({T.F32, T.F16, T.BF16})
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.weight")
 
@@ -227,16 +255,17 @@ def named(quant: str) -> Quant:
 
 
 def mix(
-    quant: str, shapes: Mapping[str, tuple[int, ...]], architecture: str = "llama"
+    quant: str, shapes: Mapping[str, tuple[int, ...]], architecture: str = "llama", weighted: bool = False
 ) -> dict[str, GGMLQuantizationType]:
     """The type of every tensor of a model in this quant, in the order of `shapes`.
 
     shapes: GGUF tensor name -> shape in torch's order, all tensors of the model (a model without output.weight is one
-    with tied embeddings). Layers and heads are counted from them; `architecture` decides what counts as a 70B model."""
+    with tied embeddings). Layers and heads are counted from them; `architecture` decides what counts as a 70B model.
+    weighted: whether an importance matrix is used, which changes some mixes."""
     chosen = named(quant)
     layers = 1 + max((int(m[1]) for m in map(_LAYER.fullmatch, shapes) if m), default=-1)
     queries = _queries_per_key(shapes)
-    large = layers == 80 and (architecture != "llama" or queries > 1)  # LLM_TYPE_70B in llama.cpp's load_hparams
+    large = layers == 80 and (architecture in _LARGE_AT_80_LAYERS or (architecture == "llama" and queries > 1))
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
 
     def type_of(name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
@@ -247,7 +276,7 @@ def mix(
         if name == head:
             return _fitting(_head_type(chosen.type, shape[-1]), shape[-1])
         match = _LAYER.fullmatch(name)
-        place = Place(int(match[1]), layers, queries) if match else Place(0, layers, queries)
+        place = Place(int(match[1]) if match else 0, layers, queries, weighted)
         role = match[2] if match else name
         return _fitting(_layer_type(chosen, role, place, large), shape[-1])
 
@@ -260,9 +289,15 @@ def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _queries_per_key(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    if "blk.0.attn_q.weight" not in shapes or "blk.0.attn_k.weight" not in shapes:
-        return 1
-    return shapes["blk.0.attn_q.weight"][0] // shapes["blk.0.attn_k.weight"][0]
+    """Query heads per key-value head, from the rows of q and k, or of the fused q, k and v (phi3)."""
+    rows = {
+        role: shapes.get(f"blk.0.{role}.weight", (0, 0)) for role in ("attn_q", "attn_k", "attn_qkv", "attn_output")
+    }
+    queries, keys = rows["attn_q"][0], rows["attn_k"][0]
+    if fused := rows["attn_qkv"][0]:
+        queries = rows["attn_output"][1]  # what attention gives to the output projection is as wide as the queries
+        keys = (fused - queries) // 2
+    return queries // keys if keys else 1
 
 
 def _head_type(type: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
@@ -273,6 +308,7 @@ def _head_type(type: GGMLQuantizationType, columns: int) -> GGMLQuantizationType
 
 
 def _layer_type(chosen: Quant, role: str, place: Place, large: bool) -> GGMLQuantizationType:
+    role = "attn_v" if role == "attn_qkv" else role  # as in llama-quantize, which knows v by its part of the name
     found = next((type for holds, type in chosen.rules.get(role, ()) if holds(place)), chosen.type)
     if role == "attn_v" and large and found in (T.Q3_K, T.Q4_K):
         return T.Q5_K  # eight heads share these weights there: finer at next to no cost

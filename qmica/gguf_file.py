@@ -120,7 +120,21 @@ class GGUFFile:
 
         With `adapter` an adapter GGUF is expected instead of a model. Raises QmicaError for whatever is not a sound,
         complete GGUF of that sort."""
-        path = Path(path)
+        opened = cls._read(Path(path))
+        _check_sort(opened, adapter)
+        return opened
+
+    @classmethod
+    def open_imatrix(cls, path: str | Path) -> GGUFFile:
+        """The same for an importance matrix, which is no model and has no architecture."""
+        opened = cls._read(Path(path))
+        if opened.metadata.get("general.type") != "imatrix":
+            sort = str(opened.metadata.get("general.type", "model"))[:40]
+            raise QmicaError(f"{path} is not an importance matrix (general.type is {sort!r}): llama-imatrix makes one")
+        return opened
+
+    @classmethod
+    def _read(cls, path: Path) -> GGUFFile:
         header = _parse(path)
         if header.integer("split.count", 1) > 1:
             parts = find_shards(path, header.integer("split.count", 1))
@@ -129,9 +143,7 @@ class GGUFFile:
             parts, headers = (path,), [header]
         tensors = _joined(parts, headers)
         first = headers[0]
-        opened = cls(parts[0], parts, first.metadata, first.kinds, tensors, first.alignment)
-        _check_sort(opened, adapter)
-        return opened
+        return cls(parts[0], parts, first.metadata, first.kinds, tensors, first.alignment)
 
     @property
     def architecture(self) -> str:

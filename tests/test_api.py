@@ -127,7 +127,7 @@ def test_unknown_keywords(jobs, verb, options, text):
 @pytest.mark.parametrize(
     "verb, options, text",
     [
-        ("train", {"bits": 5}, "^bits=5: choose one of 4, 8, 16, gguf$"),
+        ("train", {"bits": 5}, "^bits=5: choose one of 4, 8, 16, 'gguf'$"),
         ("train", {"method": "dora"}, "^method='dora': choose one of 'mica', 'lora'$"),
         ("plan", {"memory": "much"}, "^--memory much: give a size such as 8GB"),
         ("train", {"rank": 0}, "^--rank 0: give 1 or more$"),

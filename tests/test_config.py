@@ -76,6 +76,7 @@ DEFAULTS = {
     ExportConfig: {
         "--out": None,
         "--quant": "Q4_K_M",
+        "--imatrix": None,
         "--adapter": False,
         "--base": "original",
         "--scale": 1.0,
@@ -251,6 +252,28 @@ REFUSED = [
         {"max_shard_size": "1GB", "ollama": True},
         "--ollama takes one file, and --max-shard-size makes parts",
     ),
+    (ExportConfig, {"quant": "Q8_0,Q4_K_X,"}, "--quant Q4_K_X, '': choose one of F32, F16"),
+    (ExportConfig, {"quant": "Q8_0,q8_0"}, "--quant Q8_0,Q8_0: name each type once"),
+    (
+        ExportConfig,
+        {"quant": "Q8_0,F16", "out": Path("a.gguf")},
+        "--out a.gguf is one file, and --quant Q8_0,F16 makes 2: name a folder",
+    ),
+    (
+        ExportConfig,
+        {"quant": "Q8_0,F16", "imatrix": Path("i.gguf")},
+        "--imatrix changes nothing in Q8_0,F16: leave it out",
+    ),
+    (
+        ExportConfig,
+        {"adapter": True, "imatrix": Path("i.gguf")},
+        "--imatrix changes nothing in an adapter: leave it out",
+    ),
+    (
+        ExportConfig,
+        {"quant": "Q8_0,F16", "max_shard_size": "1GB"},
+        "--max-shard-size takes one type, and --quant Q8_0,F16 names 2: name one",
+    ),
     (ExportConfig, {"threads": -2}, "--threads -2: give 1 or more"),
     (EvalConfig, {"max_seq_length": 2}, "--max-seq-length 2: give 8 or more"),
     (EvalConfig, {"limit": 0}, "--limit 0: give 1 or more"),
@@ -294,7 +317,8 @@ def test_alpha_is_twice_the_rank():
 
 def test_quants_are_those_that_ggml_has():
     assert set(config.QUANTS) == set(ggml.QUANTS)
-    assert ExportConfig(quant="q8_0").quant == "Q8_0"
+    assert ExportConfig(quant="q8_0").quant == "Q8_0" and ExportConfig(quant="q8_0").quants == ("Q8_0",)
+    assert ExportConfig(quant="q4_k_m, F16").quants == ("Q4_K_M", "F16")
     field = ast.unparse(ast.parse(Path(config.__file__).read_text(encoding="utf-8")))
     assert " ".join(config.QUANTS) in field  # the words of --help
 

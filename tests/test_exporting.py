@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import mix_models
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LLAMA3_ROPE, LONGROPE, WIDE, default_tokenizer, save_tiny, tiny_tokenizer, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qmica import architectures, durable, exporting, ggml, llamacpp
+from qmica import architectures, durable, exporting, ggml, imatrix, llamacpp, merging
 from qmica.config import QUANTS, ExportConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
@@ -195,7 +197,7 @@ def wide(tmp_path_factory):
 DIVERGENCE = {
     "F32": 1e-11, "F16": 5.5e-7, "BF16": 3.5e-5, "Q8_0": 4e-4, "Q4_0": 0.042, "Q4_1": 0.033, "Q5_0": 0.011,
     "Q5_1": 0.009, "Q2_K": 0.36, "Q3_K_S": 0.12, "Q3_K_M": 0.095, "Q3_K_L": 0.092, "Q4_K_S": 0.027, "Q4_K_M": 0.0265,
-    "Q5_K_S": 0.0085, "Q5_K_M": 0.008, "Q6_K": 0.0029,
+    "Q5_K_S": 0.0085, "Q5_K_M": 0.008, "Q6_K": 0.0029, "IQ4_NL": 0.034, "IQ4_XS": 0.034,
 }  # fmt: skip
 
 
@@ -239,6 +241,118 @@ def test_fallbacks_are_said_in_one_line(own_run, capsys):
     said = capsys.readouterr().out
     # rows of 64, 96 and 128: the head and the last layer's v and down fall to Q8_0, the other 13 matrices to Q5_0
     assert "16 tensors have rows that are no multiple of Q4_K's block of 256: 13 as Q5_0, 3 as Q8_0" in said
+
+
+# ---- several types at once
+
+
+@needs_llama
+def test_several_types_are_read_once_and_are_what_each_is_alone(wide, tmp_path, monkeypatch, capsys):
+    reads, sum_ = [], merging._sum
+
+    def counted(*parts):
+        merged = sum_(*parts)
+        return replace(merged, read=lambda start, stop: reads.append(start) or merged.read(start, stop))
+
+    monkeypatch.setattr(merging, "_sum", counted)
+    quants = ("Q4_K_M", "Q8_0", "F32")
+    found = export(wide[1], quant=",".join(quants), out=tmp_path / "several")
+    assert found == [tmp_path / "several" / f"run.{quant}.gguf" for quant in quants]
+    assert files(tmp_path / "several") == {file.name for file in found}
+    assert len(reads) == 14, "7 linears of 2 layers, a block each"
+    said = capsys.readouterr().out
+    assert said.count("merging 14 linears") == 1
+    assert all(f"run.{quant}.gguf:\n" in said and f"run.{quant}.gguf: " in said for quant in quants)
+    for quant, file in zip(quants, found, strict=True):
+        alone = export(wide[1], quant=quant, out=tmp_path / "alone.gguf")
+        assert alone.read_bytes() == file.read_bytes(), quant
+
+
+def test_several_files_appear_together_or_not_at_all(own_run, monkeypatch):
+    before, quantize, calls = files(own_run), ggml.quantize, []
+
+    def failing(rows, type_, *more):
+        calls.append(type_)
+        if len(calls) == 30:
+            raise RuntimeError("disk on fire")
+        return quantize(rows, type_, *more)
+
+    monkeypatch.setattr(ggml, "quantize", failing)
+    with pytest.raises(RuntimeError):
+        export(own_run, quant="Q8_0,Q4_0,F16")
+    assert {T.Q8_0, T.Q4_0, T.F16} <= set(calls) and files(own_run) == before
+
+
+def test_space_is_wanted_for_all_of_several(own_run, monkeypatch):
+    before = files(own_run)
+    one = export(own_run, quant="F16", out=own_run / "one.gguf").stat().st_size
+    (own_run / "one.gguf").unlink()
+    monkeypatch.setattr(durable, "free_space", lambda folder: exporting.METADATA_BYTES + 1.5 * one)
+    with pytest.raises(QmicaError, match=r"exporting run\.F16\.gguf, run\.BF16\.gguf needs .*, has .* free at"):
+        export(own_run, quant="F16,BF16")
+    assert files(own_run) == before
+    export(own_run, quant="F16", out=own_run / "one.gguf")
+
+
+# ---- importance matrices
+
+
+def importance_of(shapes, seed=3):
+    """Of every linear but the embeddings, as llama-imatrix measures by default; loud, so that types change."""
+    random = np.random.default_rng(seed)
+    linears = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.startswith("blk.")}
+    return {name: random.random(shape[-1], np.float32) ** 4 for name, shape in linears.items()}
+
+
+@pytest.fixture(scope="module")
+def weighed(wide, tmp_path_factory):
+    """The width-512 model in F32, and an importance matrix for it."""
+    folder = tmp_path_factory.mktemp("weighed")
+    file = GGUFFile.open(export(wide[1], quant="F32", out=folder / "base.gguf"))
+    columns = importance_of({name: tensor.shape for name, tensor in file.tensors.items()})
+    matrix = mix_models.write_imatrix(folder / "wide.imatrix.gguf", columns)
+    return file, imatrix.read(matrix).columns, matrix  # rounded: the file has sums and a count
+
+
+@needs_llama
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q2_K", "IQ4_XS", "Q4_0", "Q5_1"])
+def test_each_tensor_is_weighed_by_its_own_columns(wide, weighed, quant, tmp_path, capsys):
+    """ggml's C on the F32 file's rows, the permuted ones of q and k among them: the columns are llama.cpp's."""
+    plain, columns, matrix = weighed
+    found = GGUFFile.open(export(wide[1], quant=quant, imatrix=matrix, out=tmp_path / "model.gguf"))
+    without = GGUFFile.open(export(wide[1], quant=quant, out=tmp_path / "plain.gguf"))
+    for name, tensor in found.tensors.items():
+        rows = plain.tensors[name].raw().view(np.float32)
+        expected = ggml.quantize(rows, tensor.type, importance=columns.get(name))
+        assert np.array_equal(tensor.raw(), expected), name
+    changed = {n for n in columns if not np.array_equal(found.tensors[n].raw(), without.tensors[n].raw())}
+    assert changed == set(columns)
+    said = capsys.readouterr().out
+    assert (
+        "14 of 16 tensors are weighed by it, measured on wiki.txt (3 chunks); token_embd.weight, output.weight" in said
+    )
+    keys = {key.removeprefix("quantize.imatrix."): value for key, value in found.metadata.items() if "imatrix" in key}
+    assert keys == {"file": "wide.imatrix.gguf", "dataset": "wiki.txt", "entries_count": 14, "chunks_count": 3}
+    assert not [key for key in without.metadata if "imatrix" in key]
+
+
+@needs_llama
+def test_an_importance_matrix_of_another_model_is_refused(wide, weighed, tmp_path):
+    narrow = {name: values[:256] for name, values in weighed[1].items()}
+    matrix = mix_models.write_imatrix(tmp_path / "narrow.gguf", narrow)
+    with pytest.raises(
+        QmicaError, match=r"for another model: blk.0.attn_q.weight has 256 .* and 512 in .*, and 11 more"
+    ):
+        export(wide[1], imatrix=matrix, out=tmp_path / "model.gguf")
+    assert files(tmp_path) == {"narrow.gguf"}
+
+
+@needs_llama
+def test_only_those_types_that_weigh_are_said_to_be_weighed(wide, weighed, tmp_path, capsys):
+    plain = export(wide[1], quant="Q8_0", out=tmp_path / "plain.gguf")
+    _, fine = export(wide[1], quant="Q4_K_S,Q8_0", imatrix=weighed[2], out=tmp_path)
+    assert fine.read_bytes() == plain.read_bytes()
+    assert capsys.readouterr().out.count("weighed by it") == 1
 
 
 # ---- from a GGUF
@@ -524,10 +638,10 @@ def test_a_failed_export_leaves_the_old_file(own_run, monkeypatch):
 def test_damage_is_seen_when_the_file_is_read_back(own_run, monkeypatch):
     written = exporting.write
 
-    def damaged(path, plan):
-        samples = written(path, plan)
-        tensor = GGUFFile.open(path).tensors["blk.1.attn_v.weight"]
-        with open(path, "r+b") as file:
+    def damaged(paths, plans):
+        samples = written(paths, plans)
+        tensor = GGUFFile.open(paths[0]).tensors["blk.1.attn_v.weight"]
+        with open(paths[0], "r+b") as file:
             file.seek(tensor.offset + tensor.nbytes - 1)
             file.write(b"\x55" if tensor.raw()[-1, -1] != 0x55 else b"\xaa")
         return samples

@@ -27,7 +27,7 @@ LAYERS = (
         "samples",
     },
     {"architectures"},
-    {"subspace", "store", "ggml", "unpacking", "source", "targets", "packing", "records", "progress"},
+    {"subspace", "store", "ggml", "imatrix", "unpacking", "source", "targets", "packing", "records", "progress"},
     {"quant", "weights", "tokenizer", "runs", "bases", "survival"},
     {"linear", "data", "memory", "quantized", "window"},
     {"model", "streaming", "ollama"},
