@@ -17,6 +17,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -509,8 +510,8 @@ class _File:
 
 
 def write(paths: Sequence[Path], plans: Sequence[Plan]) -> list[dict[str, tuple[bytes, bytes]]]:
-    """Write each plan to its path, side by side, one block of one tensor in memory at a time. The plans are of the same
-    tensors in the same order. Returns the first and last bytes of each tensor of each file, as written."""
+    """Write each plan to its path, side by side, two blocks of one tensor in memory at a time. The plans are of the
+    same tensors in the same order. Returns the first and last bytes of each tensor of each file, as written."""
     with ExitStack() as open_files, _bar(sum(plan.nbytes for plan in plans)) as progress:
         files = []
         for path, plan in zip(paths, plans, strict=True):
@@ -526,7 +527,7 @@ def _write_tensor(pairs: Sequence[tuple[_File, Planned]], progress: Callable[[in
     for file, _ in pairs:
         file.begin()
     for blocks in dict.fromkeys(tensor.blocks for _, tensor in pairs):
-        for block in blocks():
+        for block in _ahead(blocks()):
             for file, tensor in pairs:
                 if tensor.blocks is blocks:
                     progress(file.append(tensor.pack(block)))
@@ -584,6 +585,15 @@ def split(plan: Plan, most: int) -> list[Plan]:
         )
         for number, group in enumerate(groups)
     ]
+
+
+def _ahead(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The blocks, each read and merged while the one before it is packed and written."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def quantize(
 
     importance: float32 (columns,), what an error in each column counts; types that cannot weigh (F32, F16, BF16, Q8_0)
     take no notice, as in llama-quantize. QmicaError for a type that cannot be written, rows that are no whole number of
-    blocks, and weights that are not finite or, for F16, above 65504. ValueError for an importance of another length."""
+    blocks, and weights that are not finite or too large for it. ValueError for an importance of another length."""
     rows = np.ascontiguousarray(rows, np.float32)
     weighs = None if importance is None or type not in WEIGHABLE else np.ascontiguousarray(importance, np.float32)
     if weighs is not None and weighs.shape != rows.shape[1:]:  # ggml's C would read beyond it
@@ -78,10 +78,12 @@ def quantize(
     require_writable([type], weighs is not None)
 
     def pack(chunk: slice) -> None:
+        _check_finite(rows[chunk], type)
         if type in PACKED_BY_GGML or weighs is not None:
             _pack_with_ggml(rows[chunk], type, out[chunk], weighs)
         else:
             _pack_with_numpy(rows[chunk], type, out[chunk])
+        _check_packed(out[chunk], type)
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         list(pool.map(pack, _chunks(*rows.shape)))
@@ -106,27 +108,40 @@ def _chunks(rows: int, columns: int) -> list[slice]:
 
 
 def _pack_with_numpy(rows: np.ndarray, type: GGMLQuantizationType, out: np.ndarray) -> None:
-    _check_finite(rows, type)
     with np.errstate(over="ignore"):
-        packed = quants.quantize(rows, type)
-    if type == T.F16:
-        _check_finite(packed, type, ", or above 65504, the largest F16 number: use BF16")
-    out[:] = packed.view(np.uint8)
+        out[:] = quants.quantize(rows, type).view(np.uint8)
 
 
 def _pack_with_ggml(
     rows: np.ndarray, type: GGMLQuantizationType, out: np.ndarray, importance: np.ndarray | None
 ) -> None:
-    _check_finite(rows, type)
     weights = None if importance is None else importance.ctypes.data
     written = _quantize_chunk()(type, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, weights)
     if written != out.nbytes:
         raise RuntimeError(f"ggml packed {written} bytes of {type.name}, and {out.nbytes} were expected")
 
 
-def _check_finite(values: np.ndarray, type: GGMLQuantizationType, otherwise: str = ": the model is damaged") -> None:
+# Where in a block its F16 scales stand (ggml/src/ggml-common.h): a large weight, or importance, makes them infinite
+_SCALES = {
+    **dict.fromkeys((T.F16, T.Q8_0, T.Q4_0, T.Q5_0, T.IQ4_NL, T.IQ4_XS), slice(0, 2)),
+    **dict.fromkeys((T.Q4_1, T.Q5_1, T.Q4_K, T.Q5_K), slice(0, 4)),
+    **{T.Q2_K: slice(80, 84), T.Q3_K: slice(108, 110), T.Q6_K: slice(208, 210)},
+}
+
+
+def _check_finite(values: np.ndarray, type: GGMLQuantizationType) -> None:
     if not np.isfinite(values).all():
-        raise QmicaError(f"a weight to be written as {type.name} is NaN or infinite{otherwise}")
+        raise QmicaError(f"a weight to be written as {type.name} is NaN or infinite: the model is damaged")
+
+
+def _check_packed(packed: np.ndarray, type: GGMLQuantizationType) -> None:
+    """What llama-quantize refuses to write too (ggml_validate_row_data)."""
+    if type not in _SCALES:
+        return
+    scales = packed.reshape(-1, GGML_QUANT_SIZES[type][1])[:, _SCALES[type]]
+    if not np.isfinite(np.ascontiguousarray(scales).view(np.float16)).all():
+        what = "is above 65504, the largest F16 number" if type == T.F16 else "needs an F16 scale above 65504"
+        raise QmicaError(f"a weight to be written as {type.name} {what}: use BF16")
 
 
 def _quantize_chunk() -> Callable[..., int]:

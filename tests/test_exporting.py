@@ -294,6 +294,18 @@ def test_space_is_wanted_for_all_of_several(own_run, monkeypatch):
     export(own_run, quant="F16", out=own_run / "one.gguf")
 
 
+def test_several_files_need_a_folder(own_run, tmp_path):
+    file = tmp_path / "full"
+    file.write_text("x")
+    with pytest.raises(
+        QmicaError, match=r"cannot write .*full/run\.F16\.gguf: a part of the path is a file, not a folder"
+    ):
+        export(own_run, quant="F16,BF16", out=file)
+    with pytest.raises(QmicaError, match=r"full\.gguf is one file, and --quant F16,BF16 makes 2: name a folder"):
+        export(own_run, quant="F16,BF16", out=tmp_path / "full.gguf")
+    assert files(tmp_path) >= {"full"} and file.read_text() == "x"
+
+
 # ---- importance matrices
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import ctypes.util
 import json
+import re
 from collections import Counter
 
 import gguf
@@ -144,6 +145,27 @@ def test_weights_that_are_no_numbers_are_refused():
         rows[1, 1] = np.nan
         with pytest.raises(QmicaError, match=f"written as {type.name} is NaN or infinite"):
             ggml.quantize(rows, type)
+
+
+@needs_ggml
+@pytest.mark.parametrize("type", [t for t in WRITABLE if t not in (T.F32, T.BF16)], ids=lambda t: t.name)
+def test_weights_too_large_for_a_types_scales_are_refused_as_by_ggml(type):
+    """ggml_validate_row_data, by which llama-quantize refuses, on the same bytes."""
+    validate = ctypes.CDLL(llamacpp._extension()).ggml_validate_row_data
+    validate.restype, validate.argtypes = ctypes.c_bool, [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    for size, importance in ((1, None), (100, None), (1e9, None), (1, np.full(512, 1e36, np.float32))):
+        rows = weights() * np.float32(size)
+        with np.errstate(over="ignore"):
+            packed = packed_by_c(rows, type, importance)
+        said = True
+        try:
+            ours = ggml.quantize(rows, type, importance=importance)
+            assert np.array_equal(ours, packed)
+        except QmicaError as error:
+            assert re.fullmatch(rf"a weight to be written as {type.name} .* above 65504.*: use BF16", str(error))
+            said = False
+        assert said == validate(int(type), packed.ctypes.data, packed.nbytes), size
+        assert said or size > 100 or importance is not None
 
 
 @needs_ggml
