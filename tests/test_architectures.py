@@ -180,6 +180,8 @@ WITHOUT = {
     "attention.key_length": lambda config: config.hidden_size // config.num_attention_heads,
     "attention.value_length": lambda config: config.hidden_size // config.num_attention_heads,
     "attention.sliding_window": lambda config: 0,
+    "rope.scaling.type": lambda config: "linear",
+    "rope.freq_base_swa": lambda config: 10000.0,
     "final_logit_softcapping": lambda config: 0,
     "rope.dimension_count": lambda config: (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
