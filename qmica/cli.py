@@ -90,7 +90,7 @@ app = App(
     help_epilogue=_examples(
         "qmica train",
         "qmica train --model 7b --bits 4 --data notes.txt",
-        "qmica train -m model.Q4_K_M.gguf --bits gguf -d chats.jsonl more.jsonl -r 32 --lr 5e-4",
+        "qmica train -m model.Q4_K_M.gguf --bits gguf -d chats.jsonl -r 32",
         "qmica train -c runs/notes/config.json --seed 1 --out runs/notes-seed-1",
         "qmica train --resume runs/notes",
     ),
