@@ -338,10 +338,11 @@ class Architecture:
         keys = {key.removeprefix(start): value for key, value in metadata.items() if key.startswith(start)}
         size = config["head_dim"]
         dims = keys.get("dimension_count", size)
-        if dims != size and not self.partial_rotary:
+        if dims not in (range(2, size + 1, 2) if self.partial_rotary else (size,)):
+            some = f"an even number up to {size}" if self.partial_rotary else "all of them"
             raise QmicaError(
-                f"the GGUF rotates {dims} of {size} dimensions of a head: qmica's {self.name} models rotate all of "
-                "them; use another model"
+                f"the GGUF rotates {dims!s:.20} of {size} dimensions of a head: qmica's {self.name} models rotate "
+                f"{some}; use another model"
             )
         said = rope.read(keys, factors, rope.Frame(dims, config["max_position_embeddings"]))
         self._refuse_rope(said)
@@ -349,7 +350,7 @@ class Architecture:
             said["partial_rotary_factor"] = dims / size
         if not self.local_rope:
             return said
-        local = {"rope_type": "default", "rope_theta": shortest_float(keys.get("freq_base_swa", 10000.0))}
+        local = {"rope_type": "default", "rope_theta": rope.number(keys, "freq_base_swa", 10000.0)}
         return {"full_attention": said, "sliding_attention": local}
 
 

@@ -77,7 +77,7 @@ ADAPTER_TYPES = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16, ExportConfig.quant:
 STALE = re.compile(r"general\.(architecture|alignment|file_type|quantization_version)|(split|quantize\.imatrix)\..*")
 
 
-Blocks = Callable[[], Iterator[np.ndarray]]  # a tensor's rows, block after block, made when they are asked for
+RowBlocks = Callable[[], Iterator[np.ndarray]]  # a tensor's rows, block after block, made when they are asked for
 
 
 def _as_they_are(block: np.ndarray) -> np.ndarray:
@@ -91,7 +91,7 @@ class Planned:
     name: str
     shape: tuple[int, ...]
     type: T
-    blocks: Blocks
+    blocks: RowBlocks
     pack: Callable[[np.ndarray], np.ndarray] = _as_they_are
     copied: bool = False  # byte for byte from a GGUF source
 
@@ -181,8 +181,8 @@ def _plan_models(opened: Opened, config: ExportConfig, rounding: merging.Roundin
 
     def plan(kind: str) -> Plan:
         types, notes = _types(kind, shapes, family.name, importance is not None)
-        if not survival.types:  # of several files the first is asked what it kept
-            survival.types = {hf: types[name] for name, hf in names.items()}
+        for name, hf in names.items():
+            survival.types.setdefault(hf, []).append(types[name])
         packs = {name: _packer(name, types[name], importance, config.threads) for name in names}
         planned = [_planned(name, types[name], weights[hf], rows[name], packs[name]) for name, hf in names.items()]
         notes += [*_weighed(importance, planned), *_second_rounding(weights.gguf, planned, kind)]
@@ -221,7 +221,7 @@ def _extra_tensors(weights: Weights, family: architectures.Architecture) -> dict
     return {name: Planned(name, data.shape, T.F32, _whole(data)) for name, data in made.items()}
 
 
-def _whole(data: np.ndarray) -> Blocks:
+def _whole(data: np.ndarray) -> RowBlocks:
     return lambda: iter([np.ascontiguousarray(data, np.float32).view(np.uint8)])
 
 
@@ -271,7 +271,7 @@ def _second_rounding(file: GGUFFile | None, planned: Iterable[Planned], quant: s
 
 
 def _planned(
-    name: str, type_: T, tensor: LazyTensor, rows: Blocks, pack: Callable[[np.ndarray], np.ndarray]
+    name: str, type_: T, tensor: LazyTensor, rows: RowBlocks, pack: Callable[[np.ndarray], np.ndarray]
 ) -> Planned:
     """A tensor of the model: the source's bytes where nothing changes, else its rows, packed block by block."""
     if tensor.quantized is not None and tensor.quantized.type == type_:
@@ -314,7 +314,7 @@ def _copy(name: str, stored: GGUFTensor) -> Planned:
     )
 
 
-def _rows(tensor: LazyTensor, order: np.ndarray | None) -> Blocks:
+def _rows(tensor: LazyTensor, order: np.ndarray | None) -> RowBlocks:
     """The tensor's rows in llama.cpp's order, fp32 (rows, columns), a block at a time; a vector is one row."""
 
     def vector() -> Iterator[np.ndarray]:

@@ -87,7 +87,7 @@ def merge(
     target = Path(out) if out is not None else opened.run.folder / "merged"
     durable.require_empty(target)
     rounding = Rounding()
-    survival = Survival(dict.fromkeys(opened.weights, GGMLQuantizationType.BF16))
+    survival = Survival({name: [GGMLQuantizationType.BF16] for name in opened.weights})
     weights = merged(opened.weights, opened.adapter, base, opened.bits, rounding, survival)
     size = sum(tensor.nbytes // tensor.dtype.itemsize * DTYPE.itemsize for tensor in weights.values())
     durable.require_space(target, size, f"merging into {target}")

@@ -13,7 +13,6 @@ Sources: Ollama's parser/parser.go (the grammar: a value goes to the end of its 
 docs/modelfile.md and template/template.go (what a template is given, and that the runner puts BOS before it).
 """
 
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +21,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from qmica import data, tokenizer
-from qmica.errors import QmicaError
+from qmica import data, source, tokenizer
 
 MOST_CONTEXT = 8192  # tokens: the cache of a 7B model with 32 key-value heads takes 0.5 MB each
 PLAIN = "{{ .Prompt }}"  # a base model: the text is gone on with
@@ -297,15 +295,10 @@ def modelfile(
     return "\n".join(lines) + "\n", said
 
 
-def generation_settings(source) -> dict:
+def generation_settings(base: source.Source) -> dict:
     """generation_config.json of a source's folder; a GGUF has none."""
-    path = Path(source.folder) / "generation_config.json" if source.kind != "gguf" else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise QmicaError(f"{path} is not valid JSON ({error}); download it again") from error
+    path = Path(base.folder) / "generation_config.json"
+    return source.read_json(path) if base.kind != "gguf" and path.is_file() else {}
 
 
 def stop_texts(tokens, generation: Mapping | None = None) -> list[str]:

@@ -97,21 +97,29 @@ def write(rope: Rope, frame: Frame) -> tuple[list[Row], dict[str, np.ndarray]]:
 
 
 def read(keys: Mapping[str, Any], tensors: Mapping[str, np.ndarray], frame: Frame) -> Rope:
-    """rope_parameters from the GGUF's keys (after `{architecture}.rope.`) and tensors. QmicaError for factors that no
-    type explains.
+    """rope_parameters from the GGUF's keys (after `{architecture}.rope.`) and tensors. QmicaError for numbers that are
+    none, and for factors that no type explains.
     """
-    theta = shortest_float(keys.get("freq_base", 10000.0))
+    theta = number(keys, "freq_base", 10000.0)
     if FREQS in tensors:
         return recover_llama3(np.asarray(tensors[FREQS], np.float64), theta, frame.dims)
     if LONG in tensors:
         return {"rope_type": "longrope", "rope_theta": theta, **_read_longrope(keys, tensors, frame)}
-    # a factor without a type is linear for llama.cpp (src/llama-model.cpp, load_hparams)
-    factor = shortest_float(keys.get("scaling.factor", keys.get("scale_linear", 0.0)))
-    kind = keys.get("scaling.type", "linear")
-    if factor in (0.0, 1.0) or kind == "none":
+    # a factor without a type is linear for llama.cpp (src/llama-model.cpp, load_hparams), and 0 is none
+    kind, factors = keys.get("scaling.type", "linear"), ("scaling.factor", "scale_linear")
+    factor = next((number(keys, key, 1.0) for key in factors if keys.get(key)), 1.0)
+    if factor == 1.0 or kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
     rope = {"rope_type": kind, "rope_theta": theta, "factor": factor}
     return rope | _read_yarn(keys, factor, frame) if kind == "yarn" else rope
+
+
+def number(keys: Mapping[str, Any], key: str, default: float) -> float:
+    """A number above 0 of the GGUF's."""
+    value = shortest_float(keys.get(key, default))
+    if value <= 0:
+        raise QmicaError(f"the GGUF has rope.{key} = {value:g}: it is broken; download it again")
+    return value
 
 
 # ---- linear
@@ -133,10 +141,10 @@ def yarn_attention(factor: float) -> float:
 
 
 def _read_yarn(keys: Mapping[str, Any], factor: float, frame: Frame) -> Rope:
-    original = int(keys.get("scaling.original_context_length", frame.context))
+    original = int(number(keys, "scaling.original_context_length", frame.context))
     rope = {"original_max_position_embeddings": original}
     # llama.cpp multiplies its own 0.1 ln(factor) + 1 by attn_factor; transformers' attention_factor replaces it
-    multiplier = keys.get("scaling.attn_factor", 1.0)
+    multiplier = number(keys, "scaling.attn_factor", 1.0)
     if multiplier != 1.0:
         rope["attention_factor"] = shortest_float(multiplier * yarn_attention(factor))
     return rope
@@ -243,7 +251,7 @@ def _read_longrope(keys: Mapping[str, Any], tensors: Mapping[str, np.ndarray], f
         raise QmicaError(
             f"the GGUF's {LONG} and {SHORT} must both hold {frame.dims // 2} numbers: it is broken; download it again"
         )
-    original = int(keys.get("scaling.original_context_length", frame.context))
+    original = int(number(keys, "scaling.original_context_length", frame.context))
     factor = frame.context / original
     rope = {
         "original_max_position_embeddings": original,
@@ -251,7 +259,7 @@ def _read_longrope(keys: Mapping[str, Any], tensors: Mapping[str, np.ndarray], f
         "long_factor": [shortest_float(float(one)) for one in tensors[LONG]],
         "short_factor": [shortest_float(float(one)) for one in short],
     }
-    attention = shortest_float(keys.get("scaling.attn_factor", 1.0))
+    attention = number(keys, "scaling.attn_factor", 1.0)
     own = math.isclose(attention, longrope_attention(factor, original), rel_tol=1e-6)
     return rope if own else rope | {"attention_factor": attention}
 

@@ -219,7 +219,7 @@ def _only_gguf(folder: Path, names: list[str]) -> str:
     if choice:
         raise QmicaError(f"{folder} holds {len(choice)} GGUF models: give one of them: {_listed(choice)}")
     if "adapter_config.json" in names:
-        base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise QmicaError(f"{folder} is an adapter, not a model: give the model it belongs to ({base})")
     weights = [one for one in names if one.endswith((".safetensors", *PICKLES))]
     held = f"{_listed(weights)} but no {CONFIG}" if weights else f"no {CONFIG} and no .gguf file"
@@ -270,7 +270,7 @@ def indexed_files(index: Path) -> list[str]:
 
     transformers joins these names to the folder unchecked (#46097, #47176), so that an index could name ../../secrets.
     """
-    weight_map = _json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise QmicaError(f"{index} has no weight_map: it is damaged; copy or download it again")
     for tensor, file in weight_map.items():
@@ -285,7 +285,7 @@ def read_config(path: Path) -> dict:
     """config.json, of its text part where the model also sees; QmicaError where it is damaged or names a quantization
     that cannot be read.
     """
-    config = architectures.text_config(_json(path))
+    config = architectures.text_config(read_json(path))
     quantization = config.get("quantization_config")
     if quantization is None:
         return config
@@ -301,7 +301,8 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a JSON file of a model's folder. QmicaError where it is damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

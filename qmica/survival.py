@@ -13,7 +13,6 @@ What it gives up: exactness. 16 rows of each block are looked at, and an importa
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,9 +39,9 @@ class Sums:
 @dataclass
 class Survival:
     """Adds up what became of an adapter's change, as merged rows are made. types: what each tensor, by its Hugging Face
-    name, is written in; one that is not named is not looked at."""
+    name, is written in, one type for each file; one that is not named is not looked at."""
 
-    types: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
+    types: dict[str, list[GGMLQuantizationType]] = field(default_factory=dict)
     sums: dict[GGMLQuantizationType, Sums] = field(default_factory=lambda: defaultdict(Sums))
 
     def sample(self, name: str, rows: torch.Tensor) -> torch.Tensor | None:
@@ -53,12 +52,16 @@ class Survival:
         """The same rows with the change in them. Rows that are no numbers are left to whoever writes them."""
         if before is None:
             return
-        type_, after = self.types[name], rows[:: -(-len(rows) // ROWS)]
+        after = rows[:: -(-len(rows) // ROWS)]
         if not torch.isfinite(after).all():
             return
+        for type_ in set(self.types[name]):
+            self._add(self.sums[type_], before, after, type_)
+
+    @staticmethod
+    def _add(sums: Sums, before: torch.Tensor, after: torch.Tensor, type_: GGMLQuantizationType) -> None:
         written, without = (_rounded(some, type_) for some in (after, before))
         change = (after - before).double()
-        sums = self.sums[type_]
         sums.kept += float(((written - without).double() * change).sum())
         sums.change += float(change.square().sum())
         sums.error += float((written - after).double().square().sum())

@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
+from qmica.source import read_json
 
 # as plain integers: comparing 49,152 of them with an IntEnum's members takes 0.2 s
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = map(
@@ -507,12 +508,7 @@ def _varint(message: bytes, place: int) -> tuple[int, int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise QmicaError(f"{path} is not valid JSON ({error}); download it again") from error
+    return read_json(path) if path.is_file() else {}
 
 
 # --------------------------------------------------------------------------------------------------------- end of turn

@@ -1,31 +1,25 @@
 """A GGUF's blocks as weights, for the moment in which they are used: what `--bits gguf` multiplies with.
 
 How: a matrix stays the rows of bytes that the file has, mostly a view of its map; rows that llama.cpp permuted stay
-where they are, and are picked when they are asked for. On a CPU ggml's own `dequantize_row_*` unpacks (through
-llamacpp.library(), GIL released, large pieces on several threads), without that library gguf's numpy code, bit for bit
-the same at a tenth of the speed. On a GPU it is torch code, transformers' where that has it
-(transformers/integrations/gguf/dequant.py), in row chunks, as its temporaries are several times what comes out.
-
-Measured on one busy 2.5 GHz core (AVX2), million weights a second, C and numpy: Q4_K 2200, 104; Q5_K 1400, 79; Q6_K
-450, 114; Q8_0 2100, 310; Q4_1 950, 131; Q2_K 1000, 167; IQ4_XS 900, 45; IQ2_XXS 270, 33; bitsandbytes' NF4 900. Rows
-that are picked cost a copy of their bytes: Q4_K 1600 for 2000.
+where they are, and are picked when they are asked for, which costs a copy of their bytes (Q4_K: 1600 million weights a
+second for 2000). On a CPU `ggml.unpacker` unpacks, large pieces on several threads. On a GPU it is torch code,
+transformers' where that has it (transformers/integrations/gguf/dequant.py), in row chunks, as its temporaries are
+several times what comes out.
 
 What it gives up: types that one of the three cannot unpack (TQ, MXFP4, NVFP4).
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from qmica import llamacpp
+from qmica import ggml
 from qmica.errors import QmicaError
 
 T = GGMLQuantizationType
@@ -103,7 +97,7 @@ def unpack(raw: torch.Tensor, type: GGMLQuantizationType, dtype: torch.dtype = t
     shape = len(raw), columns(raw.shape[1], type)
     if raw.device.type == "cpu":
         out = torch.empty(shape)
-        _shared(_by_ggml(type) or _by_numpy(type), raw.contiguous(), out)
+        _shared(ggml.unpacker(type), raw.contiguous(), out)
         return out.to(dtype)
     out = torch.empty(shape, dtype=dtype, device=raw.device)
     for place in _chunks(len(raw), max(GPU_CHUNK // shape[1], 1)):
@@ -115,17 +109,16 @@ def _chunks(rows: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-# ---- a CPU: ggml's C, or gguf's numpy code
-
-Fill = Callable[[torch.Tensor, torch.Tensor], None]  # packed rows, and where their weights go (fp32)
+# ---- a CPU
 
 
-def _shared(fill: Fill, raw: torch.Tensor, out: torch.Tensor) -> None:
+def _shared(fill: ggml.Fill, raw: torch.Tensor, out: torch.Tensor) -> None:
     """Fill `out`, a part of the rows by each of torch's threads; the caller is one of them."""
     threads = min(torch.get_num_threads(), len(raw)) if out.numel() >= SHARED_FROM else 1
     own, *others = _chunks(len(raw), -(-len(raw) // threads)) if len(raw) else [slice(0, 0)]
-    waiting = [_pool(threads - 1).submit(fill, raw[place], out[place]) for place in others]
-    fill(raw[own], out[own])
+    packed, weights = raw.numpy(), out.numpy()
+    waiting = [_pool(threads - 1).submit(fill, packed[place], weights[place]) for place in others]
+    fill(packed[own], weights[own])
     for part in waiting:
         part.result()
 
@@ -133,28 +126,6 @@ def _shared(fill: Fill, raw: torch.Tensor, out: torch.Tensor) -> None:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="unpacking")
-
-
-@functools.cache
-def _by_ggml(type: GGMLQuantizationType) -> Fill | None:
-    """ggml's void dequantize_row_q4_K(blocks, weights, count) and its like (ggml/src/ggml-quants.h); None where there
-    is no library, or one without it.
-    """
-    if not (llamacpp.available() or "QMICA_GGML" in os.environ):
-        return None
-    function = getattr(llamacpp.library(), f"dequantize_row_{type.name.lower().replace('_k', '_K')}", None)
-    if function is None:
-        return None
-    function.restype = None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    return lambda raw, out: function(raw.data_ptr(), out.data_ptr(), out.numel())
-
-
-def _by_numpy(type: GGMLQuantizationType) -> Fill:
-    def fill(raw: torch.Tensor, out: torch.Tensor) -> None:
-        out.copy_(torch.from_numpy(quants.dequantize(raw.numpy(), type)))
-
-    return fill
 
 
 # ---- a GPU: torch

@@ -426,5 +426,55 @@ def test_ggufs_that_do_not_fit_are_refused(keys, tensors, text):
         arch.hf_config(metadata, shapes)
 
 
+HUGE = 2**31 - 1
+YARN_KEYS = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+FREQUENCIES = {"rope_factors_long.weight": np.ones(8), "rope_factors_short.weight": np.ones(8)}
+
+
+@pytest.mark.parametrize(
+    "family, keys, factors, text",
+    [
+        (
+            "gemma2",
+            {"attention.sliding_window_pattern": 3},
+            {},
+            "sliding_window_pattern = 3: qmica's gemma2 models see",
+        ),
+        ("gemma3", {"attention.sliding_window_pattern": [True] * 7}, {}, "in every layer of 6"),
+        ("gemma3", {"attention.sliding_window_pattern": [[1]]}, {}, "sliding_window_pattern"),
+        ("gemma2", {"final_logit_softcapping": float("nan")}, {}, "nan where a number belongs"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, {}, "attn_logit_softcapping = 0.0: it is broken"),
+        ("gemma3", {"block_count": HUGE}, {}, "lacks .* tensors of a gemma3 model"),
+        ("smollm3", {"block_count": HUGE}, {}, "lacks .* tensors of a smollm3 model"),
+        ("granite", {"residual_scale": -1.0}, {}, "residual_scale = -1.0: it is broken"),
+        ("olmo2", {"attention.key_length": 8, "attention.value_length": 8}, {}, "head_dim = 8, and a GGUF can only"),
+        ("phi3", {}, {"rope_factors_long.weight": np.ones(8)}, "must both hold 8 numbers"),
+        ("phi3", {}, FREQUENCIES | {"rope_factors_short.weight": np.ones(3)}, "must both hold 8 numbers"),
+        ("phi3", {"rope.dimension_count": 0}, {}, "rotates 0 of 16 dimensions"),
+        ("phi3", {"rope.dimension_count": 10**12}, {}, "rotates 1000000000000 of 16 dimensions"),
+        ("phi3", {"rope.dimension_count": "x"}, {}, "rotates x of 16 dimensions"),
+        ("phi3", {"rope.scaling.original_context_length": 0}, FREQUENCIES, "original_context_length = 0: it is broken"),
+        ("gemma3", {"rope.freq_base": 0.0}, {}, "rope.freq_base = 0: it is broken"),
+        ("gemma3", {"rope.freq_base_swa": "x"}, {}, "'x' where a number belongs"),
+        ("qwen3", {"rope.scaling.type": "yarn", "rope.scaling.factor": -2.0}, {}, "scaling.factor = -2: it is broken"),
+        ("qwen3", YARN_KEYS | {"rope.scaling.original_context_length": "x"}, {}, "'x' where a number belongs"),
+        ("qwen3", YARN_KEYS | {"rope.scaling.attn_factor": "x"}, {}, "'x' where a number belongs"),
+        ("qwen3", {"rope.scaling.type": ["yarn"], "rope.scaling.factor": 4.0}, {}, "rope type"),
+    ],
+)
+def test_hostile_files_of_other_families(family, keys, factors, text):
+    config = tiny.tiny_config(family)
+    arch = for_config(config)
+    shapes = {
+        arch.gguf_name(name): tuple(tensor.shape)
+        for name, tensor in tiny.tiny_model(family).state_dict().items()
+        if arch.gguf_name(name)
+    }
+    shapes |= {name: data.shape for name, data in factors.items()}
+    metadata = {key: value for key, _, value in arch.metadata(config)}
+    with pytest.raises(QmicaError, match=text):
+        arch.hf_config(metadata | {f"{arch.name}.{key}": value for key, value in keys.items()}, shapes, factors)
+
+
 def test_qwen2_config_of_a_folder_is_accepted():
     assert for_config(Qwen2Config()).name == "qwen2"

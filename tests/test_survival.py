@@ -21,7 +21,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 def found(weights: torch.Tensor, change: torch.Tensor, type_: T) -> tuple[float, float]:
     """(share kept, rounding error over the change), as Survival has them."""
-    survival, rows = Survival({"w": type_}), weights.clone()
+    survival, rows = Survival({"w": [type_]}), weights.clone()
     before = survival.sample("w", rows)
     survival.add("w", before, rows.add_(change))
     sums = survival.sums[type_]
@@ -58,7 +58,7 @@ def test_a_small_change_of_weights_on_the_grid_drowns():
 
 def test_a_small_change_of_other_weights_is_kept_on_average_and_hidden_in_noise():
     weights, change = normal(1, 4096, 256), 1e-2 * normal(2, 4096, 256)
-    survival, rows = Survival({"w": T.Q4_0}), weights.clone()
+    survival, rows = Survival({"w": [T.Q4_0]}), weights.clone()
     for start in range(0, 4096, 64):  # as blocks come
         block = rows[start : start + 64]
         before = survival.sample("w", block)
@@ -69,7 +69,7 @@ def test_a_small_change_of_other_weights_is_kept_on_average_and_hidden_in_noise(
 
 
 def test_nothing_is_said_where_nothing_is_lost():
-    survival = Survival({"w": T.F32})
+    survival = Survival({"w": [T.F32]})
     rows = normal(1, 4, 64)
     survival.add("w", survival.sample("w", rows), rows.add(1e-2))
     assert survival.lines() == [] and Survival().lines() == []

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from qmica import llamacpp, unpacking
+from qmica import ggml, llamacpp, unpacking
 from qmica.errors import QmicaError
 from qmica.unpacking import PLAIN, Blocks
 
@@ -35,9 +35,9 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
 def without_ggml(monkeypatch):
     monkeypatch.setattr(llamacpp, "_extension", lambda: None)
     monkeypatch.delenv("QMICA_GGML", raising=False)
-    unpacking._by_ggml.cache_clear()
+    ggml.unpacked_by_ggml.cache_clear()
     yield
-    unpacking._by_ggml.cache_clear()
+    ggml.unpacked_by_ggml.cache_clear()
 
 
 # ---- values
@@ -46,7 +46,7 @@ def without_ggml(monkeypatch):
 @pytest.mark.parametrize("type", unpacking.READABLE, ids=lambda type: type.name)
 def test_unpacked_as_gguf_does(type):
     """By ggml's C, which is what runs here."""
-    assert type in PLAIN or unpacking._by_ggml(type) is not None
+    assert type in PLAIN or ggml.unpacked_by_ggml(type) is not None
     expected = oracle(packed(type), type)
     assert expected.isfinite().float().mean() > 0.9 and expected.unique().numel() > 100
     same(unpacking.unpack(packed(type), type), expected)
@@ -60,7 +60,7 @@ def test_torch_unpacks_the_same(type):
 
 @pytest.mark.parametrize("type", unpacking.BLOCKS, ids=lambda type: type.name)
 def test_without_the_library_it_is_the_same(without_ggml, type):
-    assert unpacking._by_ggml(type) is None
+    assert ggml.unpacked_by_ggml(type) is None
     same(unpacking.unpack(packed(type), type), oracle(packed(type), type))
 
 
