@@ -142,8 +142,8 @@ def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Pat
             _verify(opened, target, replace(config, quant=kind))
         print(f"{target}: {durable.size_text(sum(part.stat().st_size for part in find_shards(target)))}")
     said = _next_steps(opened, targets[0], config.adapter)
-    for target in targets if config.ollama else ():
-        said += _for_ollama(opened, target, config)
+    for target, kind in zip(targets, config.quants, strict=False) if config.ollama else ():
+        said += _for_ollama(opened, target, config, kind if len(targets) > 1 else None)
     print("\n".join(said if config.ollama else [*said, NO_MODELFILE]))
     return targets[0] if len(targets) == 1 else targets
 
@@ -685,8 +685,9 @@ def _verify(opened: Opened, target: Path, config: ExportConfig) -> None:
     check.report(target)
 
 
-def _for_ollama(opened: Opened, target: Path, config: ExportConfig) -> list[str]:
-    """Write the Modelfile beside the file, under its name; what there is to say, and the command that takes it."""
+def _for_ollama(opened: Opened, target: Path, config: ExportConfig, tag: str | None = None) -> list[str]:
+    """Write the Modelfile beside the file, under its name; what there is to say, and the command that takes it. tag: of
+    the model in Ollama, where several files are one model's."""
     base, name = opened.source, opened.run.name
     if not config.adapter:
         model, notes = f"./{target.name}", []
@@ -706,4 +707,4 @@ def _for_ollama(opened: Opened, target: Path, config: ExportConfig) -> list[str]
     )
     file = target.with_suffix(".Modelfile")
     durable.write_text(file, text)
-    return [*(f"  {line}" for line in said), f"  {ollama.create_line(name, file)}"]
+    return [*(f"  {line}" for line in said), f"  {ollama.create_line(name, file, tag)}"]

@@ -319,7 +319,7 @@ def _remarks(jinja: str, turns: Turns | None) -> list[str]:
     return []
 
 
-def create_line(name: str, file: Path) -> str:
+def create_line(name: str, file: Path, tag: str | None = None) -> str:
     """The command that makes the model in Ollama, whose names have no spaces. file: the Modelfile."""
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
-    return f"ollama create {word} -f {shlex.quote(str(file))}"
+    return f"ollama create {word}{f':{tag}' if tag else ''} -f {shlex.quote(str(file))}"

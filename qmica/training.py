@@ -88,12 +88,13 @@ def train(
     found = source.resolve(job.model.model, job.model.revision, say)
     compute = model.choose_dtype(job.model.dtype, accelerator.device)
     empty = model.on_meta(model.read_config(found), compute)
-    model.require_blocks(job.model.bits, weights.headers(found))
+    headers = weights.headers(found)
+    model.require_blocks(job.model.bits, headers)
     adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
     parts = run.last_checkpoint().state().get("parts", 1) if resume else None
-    choice = choose(job, found, empty, prepared, accelerator.device, compute, say, parts)
+    choice = choose(job, headers, empty, prepared, accelerator.device, compute, say, parts)
     network = load_network(job, found, choice.modes, accelerator.device, say, run if resume else None)
     run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
     loop = Loop(job, run, network, prepared, accelerator, choice.parts)
@@ -540,7 +541,7 @@ def _read_data(job: Job, tokens, say: Callable[[str], None]) -> data.Prepared:
 
 def choose(
     job: Job,
-    found: source.Source,
+    headers: source.Headers,
     empty: nn.Module,
     prepared: data.Prepared,
     device: torch.device,
@@ -552,7 +553,7 @@ def choose(
     device; parts: in how many a resumed run was computed.
     """
     rows = memory.Rows.of(packing.longest(Stream(prepared, job.data, job.training).first_epoch))
-    case = memory.Case.of(job, weights.headers(found), empty, rows, compute, device)
+    case = memory.Case.of(job, headers, empty, rows, compute, device)
     nbytes = budget.allowed(job.training.memory_bytes, device)
     choice = budget.choose(case, nbytes, job.training.grad_checkpoint, parts)
     memory.require_fit(choice.plan, nbytes, device, say)

@@ -190,7 +190,7 @@ def run_qmica(options: argparse.Namespace, method: str = "mica") -> Iterator[dic
         compute = model.choose_dtype("auto", accelerator.device)
         empty = model.on_meta(model.read_config(found), compute)
         prepared = data.Prepared(_examples(options, found, empty.config.vocab_size), None, None, None)
-        choice = training.choose(job, found, empty, prepared, accelerator.device, compute, say)
+        choice = training.choose(job, weights.headers(found), empty, prepared, accelerator.device, compute, say)
         network = training.load_network(job, found, choice.modes, accelerator.device, say, None)
         loop = training.Loop(job, None, network, prepared, accelerator, choice.parts)
         network.train()

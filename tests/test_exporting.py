@@ -268,6 +268,19 @@ def test_several_types_are_read_once_and_are_what_each_is_alone(wide, tmp_path, 
         assert alone.read_bytes() == file.read_bytes(), quant
 
 
+@needs_llama
+def test_several_types_are_each_told_of(wide, tmp_path, capsys):
+    """What rounding leaves, and a Modelfile and a name in Ollama, for each."""
+    folder = tmp_path / "several"
+    export(wide[1], quant="Q8_0,Q2_K", out=folder, ollama=True)
+    said = capsys.readouterr().out
+    kept = next(line for line in said.splitlines() if "of the adapter's change rounding keeps" in line)
+    assert "Q2_K" in kept, "of the second file too; Q8_0 loses nothing worth a line"
+    for quant in ("Q2_K", "Q8_0"):
+        assert parse_modelfile((folder / f"run.{quant}.Modelfile").read_text())["from"] == f"./run.{quant}.gguf"
+        assert f"ollama create run:{quant} -f {folder / f'run.{quant}.Modelfile'}" in said
+
+
 def test_several_files_appear_together_or_not_at_all(own_run, monkeypatch):
     before, quantize, calls = files(own_run), ggml.quantize, []
 
