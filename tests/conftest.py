@@ -1,6 +1,7 @@
 """What every test needs: quiet threads, caches of its own, no network, the demo's model; and GPU tests only with a GPU.
 
-The environment is set here, at import, because torch and huggingface_hub read theirs when they are imported.
+The environment is set here, at import, because torch and huggingface_hub read theirs when they are imported. Figures
+that tests note with `measured` are printed at the end of the run, as a table a test.
 """
 
 import ipaddress
@@ -59,6 +60,36 @@ def _is_loopback(address) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@pytest.fixture
+def measured(record_property):
+    """Notes what a test measured, `measured(merged=3.1e-6)`, beside what is allowed: its assertions stay its own."""
+
+    def note(**figures):
+        for name, value in figures.items():
+            record_property(name, value)
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter):
+    tables: dict[tuple, list] = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        if report.when == "call" and report.user_properties:
+            test, _, case = report.nodeid.partition("[")
+            names, values = zip(*report.user_properties, strict=True)
+            tables.setdefault((test, *names), []).append((case.rstrip("]"), *map(_shown, values)))
+    for (test, *names), rows in tables.items():
+        terminalreporter.section(f"measured by {test}", sep="-")
+        widths = [max(map(len, column)) for column in zip(("", *names), *rows, strict=True)]
+        for case, *values in [("", *names), *rows]:
+            columns = (value.rjust(width) for value, width in zip(values, widths[1:], strict=True))
+            terminalreporter.write_line("  ".join((case.ljust(widths[0]), *columns)).rstrip())
+
+
+def _shown(value) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 @pytest.fixture(autouse=True, scope="session")

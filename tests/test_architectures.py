@@ -166,9 +166,10 @@ def test_the_model_made_from_the_gguf_is_the_same(model, file):
 
 
 @needs_llamacpp
-def test_llama_cpp_computes_the_same(model, file):
+def test_llama_cpp_computes_the_same(model, file, measured):
     difference = float((llama_log_p(file.path) - log_p(model)).abs().max())
     allowed = GELU_TOLERANCE if "gemma" in file.architecture else TOLERANCE
+    measured(allowed=allowed, difference=difference)
     assert difference <= allowed, f"max|d log p| = {difference:.1e}"
 
 
@@ -237,7 +238,7 @@ def difference_of(path, model) -> float:
 
 @needs_llamacpp
 @pytest.mark.parametrize("name", MUTANTS)
-def test_each_dropped_property_is_seen(name, tmp_path, monkeypatch):
+def test_each_dropped_property_is_seen(name, tmp_path, monkeypatch, measured):
     """A file without one key, or one of the things done to tensors: refused by llama.cpp, or another model."""
     family, config = MUTANTS[name]
     model = tiny.tiny_model(family, seed=2, **{"rms_norm_eps": 0.03, **config})
@@ -251,7 +252,7 @@ def test_each_dropped_property_is_seen(name, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(architectures, "ARCHITECTURES", (mutant,))
             seen[what] = difference_of(tiny.write_gguf(tmp_path / "mutant.gguf", model), model)
-    print(f"{name}: {len(seen)} properties, smallest difference {min(seen.values()):.1e}")
+    measured(properties=len(seen), smallest_difference=min(seen.values()))
     passed = {what: f"{difference:.1e}" for what, difference in seen.items() if difference < 20 * allowed}
     assert not passed, f"without it the file passes for right: {passed}"
 

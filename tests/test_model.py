@@ -139,7 +139,7 @@ def test_packed_checkpoints_are_taken_as_they_are(packed, bits, asked):
     assert apart(one, dequantized(other)) < 1e-6, f"{apart(one, other):.1e}"
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "llama3-rope", "qwen2", "qwen2-tied"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_gguf_is_the_folder(folders, tmp_path, kind, bits):
     """Rows permuted for llama, rope factors as a tensor, config from metadata."""
