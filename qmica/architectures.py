@@ -33,16 +33,16 @@ from qmica import rope
 from qmica.errors import QmicaError
 from qmica.rope import shortest_float
 
-REQUIRED = "required"  # as a default: the key must be there
+REQUIRED = object()  # as a default: the key must be there
 U32, F32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
 
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One number: `{architecture}.{key}` in a GGUF, `attribute` in config.json; without it `default`.
+    """One number: `{architecture}.{key}` in a GGUF, `attribute` in config.json; where that leaves it out `default`.
 
-    A default naming another attribute means "the same as that one" (num_key_value_heads without grouped queries); a
-    default of None that the number may be missing: 0 in the GGUF stands for it.
+    The default is the one of transformers' config class: a number, a rule (architecture, config) -> number, or None for
+    a number that a model may be without, which 0 stands for in the GGUF. A GGUF without the key: see ABSENT.
     """
 
     key: str
@@ -70,6 +70,8 @@ class Architecture:
     hyperparameters: tuple[Hyperparameter, ...]
     fixed: Mapping[str, Any]  # attributes that GGUF cannot say: the only value llama.cpp computes with, or its rule
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    rope_theta: float = 10000.0  # where config.json leaves it out
+    tied: bool = False  # whether the head is the embedding where config.json leaves it out
     biases: tuple[Biases, ...] = ()
     permuted: Mapping[str, str] = field(
         default_factory=dict
@@ -101,9 +103,9 @@ class Architecture:
         on = [group for group in self.biases if group.flag is None or config.get(group.flag)]
         biased = tuple(f".{linear}" for group in on for linear in group.linears)
         for stem in self.tensors:
-            if stem == "lm_head" and config.get("tie_word_embeddings"):
+            if stem == "lm_head" and config.get("tie_word_embeddings", self.tied):
                 continue
-            for layer in range(self._value(config, "num_hidden_layers")) if "{i}" in stem else (0,):
+            for layer in range(self.value(config, "num_hidden_layers")) if "{i}" in stem else (0,):
                 name = stem.replace("{i}", str(layer))
                 yield f"{name}.weight"
                 if name.endswith(biased):
@@ -122,7 +124,7 @@ class Architecture:
         if linear not in self.permuted:
             return None
         config = as_dict(config)
-        heads, size = self._value(config, self.permuted[linear]), self.head_dim(config)
+        heads, size = self.value(config, self.permuted[linear]), self.head_dim(config)
         return np.arange(heads * size).reshape(heads, 2, size // 2).transpose(0, 2, 1).reshape(-1)
 
     def offset(self, hf_name: str) -> float:
@@ -165,8 +167,6 @@ class Architecture:
         value = metadata.get(f"{self.name}.{row.key}")
         if row.attribute == "vocab_size":  # the key is missing in old files; the embedding has one row a token
             value = shapes["token_embd.weight"][0]
-        elif row.attribute == "head_dim" and value is None:
-            value = config["hidden_size"] // config["num_attention_heads"]
         if isinstance(value, list):
             if len(set(value)) > 1:
                 raise QmicaError(
@@ -174,12 +174,13 @@ class Architecture:
                     "whose layers are all alike; use another model"
                 )
             value = value[0]
-        if value is None and row.default == REQUIRED:
+        if value is None:
+            absent = ABSENT.get(row.key, row.default)
+            value = absent(self, config) if callable(absent) else absent
+        if value is REQUIRED:
             raise QmicaError(f"the GGUF has no {self.name}.{row.key}: it is not complete; download it again")
         if row.default is None and not value:
             return None
-        if value is None:
-            value = config.get(row.default, row.default)
         number = shortest_float(value)
         if number <= 0 or (row.type == U32 and number != int(number)):
             raise QmicaError(f"the GGUF has {self.name}.{row.key} = {value}: it is broken; download it again")
@@ -190,7 +191,7 @@ class Architecture:
         return {name: value(self, config) if callable(value) else value for name, value in self.fixed.items()}
 
     def _layer_types(self, config: Mapping) -> list[str]:
-        layers = range(1, self._value(config, "num_hidden_layers") + 1)
+        layers = range(1, self.value(config, "num_hidden_layers") + 1)
         return ["sliding_attention" if layer % self.full_every else "full_attention" for layer in layers]
 
     def _refuse_pattern(self, metadata: Mapping, config: Mapping) -> None:
@@ -259,12 +260,12 @@ class Architecture:
         values = [(row.key, row.type, self._written(config, row.attribute)) for row in self.hyperparameters]
         rows, _ = rope.write(self._rope(config), self._frame(config))
         if self.local_rope:
-            rows.append(("rope.freq_base_swa", F32, rope.parameters(config, "sliding_attention")["rope_theta"]))
+            rows.append(("rope.freq_base_swa", F32, rope.local_parameters(config)["rope_theta"]))
         return [(f"{self.name}.{key}", kind, value) for key, kind, value in values + rows]
 
     def _written(self, config: Mapping, attribute: str) -> Any:
         """A number as the GGUF says it: 0 for none, and a context no longer than a window that is not computed."""
-        value = self._value(config, attribute) or 0
+        value = self.value(config, attribute) or 0
         window = config.get("sliding_window") if self.windowless else None
         return min(value, window) if window and attribute == "max_position_embeddings" else value
 
@@ -285,9 +286,9 @@ class Architecture:
             )
         self._refuse_rope(self._rope(config))
         if self.local_rope:
-            self._refuse_rope(rope.parameters(config, "sliding_attention"), ("default",))
+            self._refuse_rope(rope.local_parameters(config), ("default",))
         for row in self.hyperparameters:
-            self._value(config, row.attribute)
+            self.value(config, row.attribute)
 
     def _refuse_fixed(self, config: Mapping) -> None:
         for attribute, value in self._fixed(config).items():
@@ -311,27 +312,40 @@ class Architecture:
 
     def head_dim(self, config: Any) -> int:
         """Width of one attention head."""
-        return self._value(as_dict(config), "head_dim")
+        return self.value(config, "head_dim")
 
-    def _value(self, config: Mapping, attribute: str) -> Any:
-        row = next(row for row in self.hyperparameters if row.attribute == attribute)
-        value = config.get(attribute)
-        if value is None and row.default == REQUIRED and attribute == "head_dim":
-            return self._value(config, "hidden_size") // self._value(config, "num_attention_heads")
-        if value is None and row.default == REQUIRED:
+    def value(self, config: Any, attribute: str) -> Any:
+        """A number of config.json, or what transformers takes where it is left out.
+
+        Raises QmicaError for one that must be there, and for a null in place of a number that llama.cpp always has.
+        """
+        config = as_dict(config)
+        value, default = config.get(attribute), self._defaults[attribute]
+        if value is not None:
+            return value
+        if callable(default):
+            return default(self, config)
+        if default is REQUIRED:
             raise QmicaError(f"config.json has no {attribute}: it is not the config of a {self.model_type} model")
-        if value is None:
-            value = self._value(config, row.default) if isinstance(row.default, str) else row.default
-        return value
+        if attribute in config and default is not None:
+            raise QmicaError(
+                f"this {self.model_type} model has {attribute} = null, and a GGUF can only express a number; use "
+                "another model"
+            )
+        return default
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        return {row.attribute: row.default for row in self.hyperparameters}
 
     # -- rope
 
     def _rope(self, config: Mapping) -> rope.Rope:
-        return rope.parameters(config, "full_attention")
+        return rope.parameters(config, self.rope_theta)
 
     def _frame(self, config: Mapping) -> rope.Frame:
-        share = rope.parameters(config, "full_attention")["partial_rotary_factor"]
-        return rope.Frame(int(self.head_dim(config) * share), self._value(config, "max_position_embeddings"))
+        share = self._rope(config)["partial_rotary_factor"]
+        return rope.Frame(int(self.head_dim(config) * share), self.value(config, "max_position_embeddings"))
 
     def _read_rope(self, metadata: Mapping, factors: Mapping, config: Mapping) -> dict[str, Any]:
         start = f"{self.name}.rope."
@@ -375,7 +389,30 @@ _LLAMA_TENSORS = {
 }
 
 
-# as transformers' configs default them where a family's config.json may leave them out; `sizes` are those of Gemma
+def _all_heads(arch: Architecture, config: Mapping) -> int:
+    """Keys and values have as many heads as queries."""
+    return arch.value(config, "num_attention_heads")
+
+
+def _equal_heads(arch: Architecture, config: Mapping) -> int:
+    """The width divided by the heads."""
+    return arch.value(config, "hidden_size") // arch.value(config, "num_attention_heads")
+
+
+def _context(arch: Architecture, config: Mapping) -> int:
+    return arch.value(config, "max_position_embeddings")
+
+
+# what llama.cpp takes where a GGUF has no such key (src/llama-model.cpp, load_hparams), whatever the family
+ABSENT = {
+    "attention.head_count_kv": _all_heads,
+    "attention.key_length": _equal_heads,
+    "attention.value_length": _equal_heads,
+    "rope.scaling.original_context_length": _context,
+}
+
+
+# `sizes`: what a family's config.json may leave out, beside these two, as transformers' config class defaults it
 def _numbers(epsilon: float = 1e-6, **sizes: int) -> tuple[Hyperparameter, ...]:
     rows = (
         ("vocab_size", "vocab_size"),
@@ -388,26 +425,21 @@ def _numbers(epsilon: float = 1e-6, **sizes: int) -> tuple[Hyperparameter, ...]:
         ("attention.key_length", "head_dim"),
         ("attention.value_length", "head_dim"),
     )
-    defaults = {"num_key_value_heads": "num_attention_heads", **sizes}
+    defaults = {"num_key_value_heads": _all_heads, "head_dim": _equal_heads, **sizes}
     numbers = tuple(Hyperparameter(key, name, U32, defaults.get(name, REQUIRED)) for key, name in rows)
     return (*numbers, Hyperparameter("attention.layer_norm_rms_epsilon", "rms_norm_eps", F32, epsilon))
-
-
-def _equal_heads(arch: Architecture, config: Mapping) -> int:
-    """Of graphs that take a head as the width divided by the heads."""
-    return arch._value(config, "hidden_size") // arch._value(config, "num_attention_heads")
 
 
 def _attention_scalar(largest: int) -> Callable[[Architecture, Mapping], int]:
     """Gemma's query_pre_attn_scalar: llama.cpp tells the 27B model, which differs, by its number of layers."""
     return lambda arch, config: (
-        _equal_heads(arch, config) if arch._value(config, "num_hidden_layers") == largest else arch.head_dim(config)
+        _equal_heads(arch, config) if arch.value(config, "num_hidden_layers") == largest else arch.head_dim(config)
     )
 
 
 def _no_rope_layers(arch: Architecture, config: Mapping) -> list[int]:
     """SmolLM3: 1 for a layer that rotates, 0 for every fourth (llama.cpp src/models/smollm3.cpp)."""
-    return [int(layer % 4 != 0) for layer in range(1, arch._value(config, "num_hidden_layers") + 1)]
+    return [int(layer % 4 != 0) for layer in range(1, arch.value(config, "num_hidden_layers") + 1)]
 
 
 _PERMUTED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -456,7 +488,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         model_type="mistral",
         hf_class="MistralForCausalLM",
         tensors=_LLAMA_TENSORS,
-        hyperparameters=_numbers(),
+        hyperparameters=_numbers(num_key_value_heads=8),
         permuted=_PERMUTED,
         rope_types=("default", "linear", "llama3", "yarn"),
         fixed=_SILU,
@@ -467,7 +499,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         model_type="qwen2",
         hf_class="Qwen2ForCausalLM",
         tensors=_LLAMA_TENSORS,
-        hyperparameters=_numbers(),
+        hyperparameters=_numbers(num_key_value_heads=32),
         biases=(Biases(None, ("q_proj", "k_proj", "v_proj")),),
         fixed={**_SILU, "use_sliding_window": False},
     ),
@@ -476,7 +508,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         model_type="qwen3",
         hf_class="Qwen3ForCausalLM",
         tensors={**_LLAMA_TENSORS, **_HEAD_NORMS},
-        hyperparameters=_numbers(head_dim=128),
+        hyperparameters=_numbers(num_key_value_heads=32, head_dim=128),
         fixed=_PLAIN,
     ),
     Architecture(
@@ -485,7 +517,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         hf_class="Gemma2ForCausalLM",
         tensors=_GEMMA_TENSORS,
         hyperparameters=(
-            *_numbers(head_dim=256),
+            *_numbers(num_key_value_heads=4, head_dim=256),
             Hyperparameter("attention.sliding_window", "sliding_window", U32, 4096),
             Hyperparameter("attn_logit_softcapping", "attn_logit_softcapping", F32, 50.0),
             Hyperparameter("final_logit_softcapping", "final_logit_softcapping", F32, 30.0),
@@ -519,6 +551,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "sliding_window_pattern": 6,
         },
         norm_offset=1.0,
+        rope_theta=1e6,
         local_rope=True,
         full_every=6,
     ),
@@ -530,12 +563,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         hyperparameters=(
             *_numbers(1e-5),
             Hyperparameter("attention.sliding_window", "sliding_window", U32, None),
-            Hyperparameter(
-                "rope.scaling.original_context_length",
-                "original_max_position_embeddings",
-                U32,
-                "max_position_embeddings",
-            ),
+            Hyperparameter("rope.scaling.original_context_length", "original_max_position_embeddings", U32, 4096),
         ),
         rope_types=("default", "longrope"),
         fixed={**_SILU, "head_dim": _equal_heads},
@@ -574,8 +602,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         model_type="smollm3",
         hf_class="SmolLM3ForCausalLM",
         tensors=_LLAMA_TENSORS,
-        hyperparameters=_numbers(),
+        hyperparameters=_numbers(num_key_value_heads=4),
         permuted=_PERMUTED,
+        rope_theta=2e6,
+        tied=True,
         fixed={**_PLAIN, "mlp_bias": False, "no_rope_layers": _no_rope_layers},
     ),
 )
@@ -592,7 +622,7 @@ UNSUPPORTED_KEYS = {
     "attention.clamp_kqv": (0.0,),
     "attention.causal": (True,),
     "use_parallel_residual": (False,),
-    "rope.scaling.yarn_beta_fast": (32.0,),  # ignored by llama.cpp, see FIXED_ROPE
+    "rope.scaling.yarn_beta_fast": (32.0,),  # ignored by llama.cpp, see rope.FIXED
     "rope.scaling.yarn_beta_slow": (1.0,),
 }
 

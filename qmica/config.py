@@ -281,12 +281,12 @@ class ExportConfig:
 
     out: Annotated[Path | None, Flag(name=("--out", "-o"))] = None
     """The file, or the folder of several (--quant Q4_K_M,Q8_0); left out: RUN/<name>.<quant|adapter>.gguf."""
-    quant: str = "Q4_K_M"
-    """F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ4_NL IQ4_XS"""
+    quant: str | None = None
+    """F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K_S/M/L Q4_K_S/M Q5_K_S/M Q6_K IQ4_NL/XS; left out: Q4_K_M"""
     imatrix: Path | None = None
     """An importance matrix of llama-imatrix: quantization errors weigh by how much each input is used."""
     adapter: Annotated[bool, Flag(negative=())] = False
-    """The adapter alone, to be used beside the GGUF you already have."""
+    """The adapter alone (F32, F16 or BF16), to be used beside the GGUF you already have."""
     base: Literal["original", "quantized"] = "original"
     """Which weights it stays near: the source's own, or those that training saw (--adapter gets columns for it)."""
     scale: float = 1.0
@@ -301,7 +301,8 @@ class ExportConfig:
     """CPU threads; left out: all cores."""
 
     def __post_init__(self):
-        object.__setattr__(self, "quant", self.quant.upper().replace(" ", ""))
+        chosen = self.quant if self.quant is not None else "F32" if self.adapter else "Q4_K_M"
+        object.__setattr__(self, "quant", chosen.upper().replace(" ", ""))
         unknown = [quant or "''" for quant in self.quants if quant not in QUANTS]
         several, weighable = len(self.quants) > 1, set(self.quants) - UNWEIGHABLE
         _require(
@@ -318,6 +319,10 @@ class ExportConfig:
             (
                 not (self.ollama and self.max_shard_size),
                 "--ollama takes one file, and --max-shard-size makes parts: leave one of them out",
+            ),
+            (
+                not (self.adapter and self.max_shard_size),
+                "--max-shard-size is for merged models, and llama.cpp reads an adapter from one file: leave it out",
             ),
             (
                 not (several and self.max_shard_size),

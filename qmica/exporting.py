@@ -4,7 +4,8 @@ How: every tensor of the file to be is planned first (name, shape, type, and a w
 so that the header and its offsets are known; then the blocks are made, written and forgotten. Several files (one for
 each --quant) are written side by side: a block of a tensor is read and merged once, and packed for each. From a GGUF,
 tensors that the adapter does not touch and whose type stays are copied byte for byte, its metadata and tokenizer as
-they are. A file is written beside its name, read back with our own reader, compared with what was planned, and renamed.
+they are. A file is written beside its name, its tensors are read back with our own reader and compared with what was
+planned, with --verify what it answers too, and then it is renamed.
 
 What it gives up: parts of several types at once (--max-shard-size takes one).
 
@@ -12,7 +13,6 @@ Sources: llama.cpp's conversion/base.py (metadata), convert_lora_to_gguf.py and 
 """
 
 import math
-import os
 import re
 import shlex
 from collections import Counter
@@ -52,10 +52,12 @@ from qmica import (
 )
 from qmica.adapter import Factors
 from qmica.config import UNWEIGHABLE, ExportConfig
+from qmica.data import chat_template
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor, find_shards
 from qmica.merging import Opened
 from qmica.survival import Survival
+from qmica.tokenizer import Entry
 from qmica.weights import LazyTensor, Weights
 
 T = GGMLQuantizationType
@@ -68,10 +70,9 @@ FINE = {T.F32, T.F16, T.BF16, T.Q8_0}  # they hardly change what they are given
 
 STRING, U32, F32 = GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.FLOAT32
 U16, I32 = GGUFValueType.UINT16, GGUFValueType.INT32
-Entry = tuple  # key, value type, value, and the element type of an array: what GGUFWriter.add_key_value takes
 
 # A and B of an adapter. F32 loses nothing; an F16 or BF16 matrix makes llama.cpp round what it multiplies as well
-ADAPTER_TYPES = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16, ExportConfig.quant: T.F32}
+ADAPTER_TYPES = {"F32": T.F32, "F16": T.F16, "BF16": T.BF16}
 
 # keys of a GGUF source that say something about the old file only
 STALE = re.compile(r"general\.(architecture|alignment|file_type|quantization_version)|(split|quantize\.imatrix)\..*")
@@ -134,17 +135,15 @@ def export(run: str | None = None, config: ExportConfig = ExportConfig()) -> Pat
     needed = sum(plan.nbytes + (0 if config.adapter else METADATA_BYTES) for plan in plans)
     durable.require_space(targets[0].parent, needed, f"exporting {', '.join(target.name for target in targets)}")
     _show(plans, targets)
-    targets = _written(targets, plans, config)
+    targets = _written(opened, targets, plans, config)
     for line in [*([rounding] if rounding.total else []), *survival.lines()]:
         print(line)
-    for target, kind in zip(targets, config.quants, strict=False):
-        if config.verify:
-            _verify(opened, target, replace(config, quant=kind))
+    for target in targets:
         print(f"{target}: {durable.size_text(sum(part.stat().st_size for part in find_shards(target)))}")
     said = _next_steps(opened, targets[0], config.adapter)
-    for target, kind in zip(targets, config.quants, strict=False) if config.ollama else ():
+    for target, kind in zip(targets, config.quants, strict=True) if config.ollama else ():
         said += _for_ollama(opened, target, config, kind if len(targets) > 1 else None)
-    print("\n".join(said if config.ollama else [*said, NO_MODELFILE]))
+    print("\n".join(said if config.ollama or config.shard_bytes else [*said, NO_MODELFILE]))
     return targets[0] if len(targets) == 1 else targets
 
 
@@ -177,6 +176,7 @@ def _plan_models(opened: Opened, config: ExportConfig, rounding: merging.Roundin
     }
     importance = None if config.imatrix is None else imatrix.read(config.imatrix).fitted(shapes)
     entries = _copied_entries(weights.gguf) if weights.gguf else _folder_entries(opened, family)
+    entries += _taught_template(opened, entries)
     print(merging.describe(opened, config.base, config.scale))
 
     def plan(kind: str) -> Plan:
@@ -232,7 +232,7 @@ def _types(
     types = ggml.mix(quant, shapes, architecture, weighted)
     notes = []
     main = ggml.named(quant).type
-    if main not in ggml.PACKED_BY_GGML and not (llamacpp.available() or os.environ.get("QMICA_GGML")):
+    if main not in ggml.PACKED_BY_GGML and not llamacpp.has_library():
         replaced = [name for name, type_ in types.items() if type_ in ggml.PACKED_BY_GGML]
         types |= dict.fromkeys(replaced, T.Q8_0)  # finer: 8.5 bits a weight where Q6_K has 6.6
         if replaced:
@@ -348,8 +348,19 @@ def _folder_entries(opened: Opened, family: architectures.Architecture) -> list[
     config = opened.weights.config
     hyperparameters = [(*entry, None) for entry in family.metadata(config)]
     tokens = tokenizer.load(opened.source)
-    words = tokenizer.gguf_metadata(tokens, config["vocab_size"])
+    words = tokenizer.gguf_metadata(tokens, family.value(config, "vocab_size"))
     return [*_card(opened, "model", tokenizer.name_that_fits(opened.run.name, tokens)), *hyperparameters, *words]
+
+
+def _taught_template(opened: Opened, entries: Sequence[Entry]) -> list[Entry]:
+    """The plain chat template of training, for a base model that has none of its own and was taught chats."""
+    if not _taught_chats(opened) or any(key == tokenizer.CHAT_TEMPLATE for key, *_ in entries):
+        return []
+    return [(tokenizer.CHAT_TEMPLATE, STRING, chat_template(tokenizer.load(opened.source)), None)]
+
+
+def _taught_chats(opened: Opened) -> bool:
+    return bool(set(opened.run.config().get("data", {}).get("formats", [])) - {"text"})
 
 
 def _card(opened: Opened, kind: str, name: str) -> list[Entry]:
@@ -375,7 +386,7 @@ def _license(folder: Path) -> str | None:
     if not card.is_file():
         return None
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = front and re.search(r"^license:\s*['\"]?([\w.+-]+)", front[1], re.MULTILINE)
+    found = front and re.search(r"^license:[ \t]*['\"]?([\w.+-]+)", front[1], re.MULTILINE)
     return found[1] if found else None
 
 
@@ -535,21 +546,23 @@ def _write_tensor(pairs: Sequence[tuple[_File, Planned]], progress: Callable[[in
         file.end(tensor)
 
 
-def _written(targets: Sequence[Path], plans: Sequence[Plan], config: ExportConfig) -> list[Path]:
+def _written(opened: Opened, targets: Sequence[Path], plans: Sequence[Plan], config: ExportConfig) -> list[Path]:
     """Write the plans and read them back: a file each, or a folder of parts. Returns the files to be opened."""
     parts = split(plans[0], config.shard_bytes) if config.shard_bytes else plans[:1]
     if len(parts) > 1:
-        return [_write_parts(targets[0], plans[0], parts, config)]
+        return [_write_parts(opened, targets[0], plans[0], parts, config)]
     with ExitStack() as renamed_at_its_end:
         beside = [renamed_at_its_end.enter_context(durable.replacing(target)) for target in targets]
         samples = write(beside, plans)
         for part, plan, ends in zip(beside, plans, samples, strict=True):
             check(part, plan, ends, config.adapter)
             durable.sync(part)  # what fails does so before the first is renamed
+        if config.verify:
+            _verify(opened, beside, targets, config)
     return list(targets)
 
 
-def _write_parts(target: Path, plan: Plan, parts: Sequence[Plan], config: ExportConfig) -> Path:
+def _write_parts(opened: Opened, target: Path, plan: Plan, parts: Sequence[Plan], config: ExportConfig) -> Path:
     """A folder of the plan's parts, named after the file it stands for; its first part."""
     stem = target.name.removesuffix(".gguf")
     folder = target.with_name(stem)
@@ -560,6 +573,8 @@ def _write_parts(target: Path, plan: Plan, parts: Sequence[Plan], config: Export
             (ends,) = write([made / name], [part])
             samples |= ends
         check(made / names[0], plan, samples, config.adapter)
+        if config.verify:
+            _verify(opened, [made / names[0]], [folder / names[0]], config)
     print(f"{folder}: {len(parts)} parts; what is given the first of them reads them all")
     return folder / names[0]
 
@@ -661,28 +676,41 @@ def _next_steps(opened: Opened, target: Path, adapter: bool) -> list[str]:
     return lines if whole else [f"  BASE.gguf is {opened.source.id} as a GGUF, in any type", *lines]
 
 
-def _verify(opened: Opened, target: Path, config: ExportConfig) -> None:
-    """Ask the model as trained, the merged one and the file. Raises QmicaError where the file is broken."""
+def _verify(opened: Opened, files: Sequence[Path], targets: Sequence[Path], config: ExportConfig) -> None:
+    """Ask the model as trained, the merged one and each file, which is to have its target's name. Raises QmicaError for
+    the first that is broken."""
     beside = config.adapter and opened.source.kind != "gguf"
     if beside or not llamacpp.available():
         what = f"the GGUF of {opened.source.id} that it goes beside" if beside else llamacpp.INSTALL
         print(f"not verified in llama.cpp: that needs {what}")
+    compensated = config.adapter and config.base == "quantized"  # in part: by some columns a linear
+    near = verification.QUANTIZED if compensated else merging.near(opened, config.base)
+    common = _asked(opened, config, near)
+    for file, target, kind in zip(files, targets, config.quants, strict=True):
+        check = common.copy()
+        if not config.adapter:
+            limits = {verification.MERGED: verification.limit_of(kind)}
+            check.add(verification.REREAD, verification.of_source(source.resolve(str(file)), check.texts), limits)
+        if llamacpp.available() and not beside:
+            whole, adapters = (opened.source.files[0], [(file, 1.0)]) if config.adapter else (file, [])
+            log_p = verification.of_gguf(whole, check, tokenizer.load(opened.source), adapters, config.threads)
+            reread = verification.REREAD in check.names
+            limits = {verification.REREAD: verification.READ} if reread else {verification.TRAINED: near}
+            check.add("the file, llama.cpp", log_p, limits)
+        check.report(target)
+
+
+def _asked(opened: Opened, config: ExportConfig, near: float) -> verification.Verification:
+    """What all files are compared with: the model as trained, and what they are made of."""
     check = verification.in_training(opened.run, config.scale)
-    near = {verification.TRAINED: merging.near(opened, config.base)}
+    limits = {verification.TRAINED: near}
     if not config.adapter:
         weights = merging.merged(opened.weights, opened.adapter, config.base, opened.bits)
         changed = {name: tensor for name, tensor in weights.items() if tensor is not opened.weights.get(name)}
-        check.add(verification.MERGED, verification.of_weights(opened.source, changed, check.texts), near)
-        limits = {verification.MERGED: verification.limit_of(config.quant)}
-        check.add(verification.REREAD, verification.of_source(source.resolve(str(target)), check.texts), limits)
+        check.add(verification.MERGED, verification.of_weights(opened.source, changed, check.texts), limits)
     elif config.base == "original":  # compensated pairs are in the file alone
-        check.add(verification.REREAD, verification.of_run(opened.run, config.scale, check.texts), near)
-    if llamacpp.available() and not beside:
-        file, adapters = (opened.source.files[0], [(target, 1.0)]) if config.adapter else (target, [])
-        log_p = verification.of_gguf(file, check.texts, tokenizer.load(opened.source), adapters, config.threads)
-        read = {verification.REREAD: verification.READ}
-        check.add("the file, llama.cpp", log_p, read if verification.REREAD in check.names else near)
-    check.report(target)
+        check.add(verification.REREAD, verification.of_run(opened.run, config.scale, check.texts), limits)
+    return check
 
 
 def _for_ollama(opened: Opened, target: Path, config: ExportConfig, tag: str | None = None) -> list[str]:
@@ -691,18 +719,20 @@ def _for_ollama(opened: Opened, target: Path, config: ExportConfig, tag: str | N
     base, name = opened.source, opened.run.name
     if not config.adapter:
         model, notes = f"./{target.name}", []
-    elif base.kind == "gguf":
+    elif base.kind == "gguf" and len(base.files) == 1:
         model, notes = str(base.files[0].resolve()), []
+    elif base.kind == "gguf":  # Ollama reads no split GGUF (ollama #5245)
+        model, notes = "./BASE.gguf", [f"BASE.gguf: of llama-gguf-split --merge {base.files[0]} BASE.gguf"]
     else:
         model, notes = "./BASE.gguf", [f"BASE.gguf: {base.id} as a GGUF, in any type"]
-    learnt = opened.run.config().get("data", {}).get("formats", [])
+    family = architectures.for_config(opened.weights.config)
     text, said = ollama.modelfile(
         model,
         tokenizer.load(base),
-        opened.weights.config["max_position_embeddings"],
+        family.value(opened.weights.config, "max_position_embeddings"),
         ollama.generation_settings(base),
         adapter=f"./{target.name}" if config.adapter else None,
-        chats=bool(set(learnt) - {"text"}),
+        chats=_taught_chats(opened),
         notes=notes,
     )
     file = target.with_suffix(".Modelfile")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -86,8 +85,8 @@ def quantize(
             _pack_with_numpy(rows[chunk], type, out[chunk])
         _check_packed(out[chunk], type)
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        list(pool.map(pack, _chunks(*rows.shape)))
+    with ThreadPoolExecutor(threads or llamacpp.cpus()) as pool:
+        list(pool.map(pack, chunks(len(rows), _rows_in_a_chunk(rows.shape[1]))))
     return out
 
 
@@ -99,7 +98,7 @@ def dequantize(raw: np.ndarray, type: GGMLQuantizationType) -> np.ndarray:
     raw = np.ascontiguousarray(raw)
     out = np.empty((raw.shape[0], raw.shape[1] // block_bytes * block), np.float32)
     fill = unpacker(type)
-    for chunk in _chunks(*out.shape):
+    for chunk in chunks(len(out), _rows_in_a_chunk(out.shape[1])):
         fill(raw[chunk], out[chunk])
     return out
 
@@ -117,7 +116,7 @@ def unpacked_by_ggml(type: GGMLQuantizationType) -> Fill | None:
     """ggml's void dequantize_row_q4_K(blocks, weights, count) and its like (ggml/src/ggml-quants.h); None where there
     is no library, or one without it. ctypes releases the GIL for the call.
     """
-    if not (llamacpp.available() or "QMICA_GGML" in os.environ):
+    if not llamacpp.has_library():
         return None
     function = getattr(llamacpp.library(), f"dequantize_row_{type.name.lower().replace('_k', '_K')}", None)
     if function is None:
@@ -127,8 +126,12 @@ def unpacked_by_ggml(type: GGMLQuantizationType) -> Fill | None:
     return lambda raw, out: function(raw.ctypes.data, out.ctypes.data, out.size)
 
 
-def _chunks(rows: int, columns: int) -> list[slice]:
-    step = max(_CHUNK // max(columns, 1), 1)
+def _rows_in_a_chunk(columns: int) -> int:
+    return max(_CHUNK // max(columns, 1), 1)
+
+
+def chunks(rows: int, step: int) -> list[slice]:
+    """So many rows at a time, of all."""
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -49,6 +49,11 @@ def available() -> bool:
     return _extension() is not None
 
 
+def has_library() -> bool:
+    """Whether there is a C library with ggml's functions: the one that QMICA_GGML names, or xllamacpp's."""
+    return bool(os.environ.get("QMICA_GGML")) or available()
+
+
 def library() -> ctypes.CDLL:
     """The C library with ggml's functions: the one QMICA_GGML names, else the one inside xllamacpp."""
     named = os.environ.get("QMICA_GGML")
@@ -255,7 +260,7 @@ class Llama:
         self._context = owned[1] = _new_context(self._lib, self._model, size, exact)
         self._memory = self._lib.llama_get_memory(self._context)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
-        count = threads or _cpus()
+        count = threads or cpus()
         self._lib.llama_set_n_threads(self._context, count, count)
         self._adapters = [_load_adapter(self._lib, self._model, Path(file)) for file, _ in adapters]
         self._cached: list[int] = []  # the tokens of sequence 0 that are in the key-value cache
@@ -546,7 +551,8 @@ def _last_error() -> str:
     return " / ".join(reasons) or "it gives no reason"
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """Cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -96,15 +96,12 @@ def merge(
         write_sharded(weights, part, DTYPE, shard)
         durable.write_json(part / source.CONFIG, _config(weights))
         _write_companions(opened.source, part)
-    if rounding.total:
-        print(rounding)
-    for line in survival.lines():
-        print(line)
-    if verify:
-        check = verification.in_training(opened.run, scale)
-        log_p = verification.of_source(source.resolve(str(target)), check.texts)
-        check.add(verification.MERGED, log_p, {verification.TRAINED: near(opened, base)})
-        check.report(target)
+        if verify:
+            check = verification.in_training(opened.run, scale)
+            log_p = verification.of_source(source.resolve(str(part)), check.texts)
+            check.add(verification.MERGED, log_p, {verification.TRAINED: near(opened, base)})
+            check.report(target)
+    print(*[*([rounding] if rounding.total else []), *survival.lines()], sep="\n")
     print(f"{target}: {durable.size_text(size)} of bf16 safetensors; transformers and vLLM load it as any model,")
     part = "" if scale == 1 else f" --scale {scale:g}"
     print(f"  from_pretrained({str(target)!r}); for llama.cpp and Ollama: qmica export {opened.run.folder}{part}")

@@ -305,7 +305,7 @@ def stop_texts(tokens, generation: Mapping | None = None) -> list[str]:
     """The text of every token that ends a turn or a text, by id."""
     own = (generation or {}).get("eos_token_id")
     ids = tokenizer.end_of_turn_ids(tokens) | set(own if isinstance(own, list) else [own]) - {None}
-    return [tokens.convert_ids_to_tokens(id) for id in sorted(ids)]
+    return [text for id in sorted(ids) if (text := tokens.convert_ids_to_tokens(id)) is not None]
 
 
 def _remarks(jinja: str, turns: Turns | None) -> list[str]:

@@ -54,15 +54,14 @@ def shortest_float(value: Any) -> float:
     return float(str(np.float32(value)))
 
 
-def parameters(config: Mapping[str, Any], layer_type: str | None = None) -> Rope:
+def parameters(config: Mapping[str, Any], theta: float = 10000.0) -> Rope:
     """rope_type, rope_theta and the type's own numbers, from transformers 5's `rope_parameters` or the older
-    `rope_theta` + `rope_scaling`. layer_type: of a model that rotates kinds of layers differently, the kind.
+    `rope_theta` + `rope_scaling`; of a model that rotates its sliding-window layers differently, those of the others.
+    theta: the family's, where config.json leaves it out.
     """
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if layer_type in rope:
-        rope = dict(rope[layer_type] or {})
+    rope = dict(_of_layers(config, "full_attention") or config.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    rope.setdefault("rope_theta", config.get("rope_theta") or theta)
     rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
     if rope["rope_type"] in ("llama3", "yarn", "longrope", "su"):
         context = config.get("max_position_embeddings")
@@ -74,6 +73,22 @@ def parameters(config: Mapping[str, Any], layer_type: str | None = None) -> Rope
     if rope["rope_type"] == "su":  # longrope, in Phi-3's first configs
         rope["rope_type"] = "longrope"
     return rope
+
+
+def local_parameters(config: Mapping[str, Any]) -> Rope:
+    """Those of Gemma 3's sliding-window layers, which no older form scales (transformers configuration_gemma3.py)."""
+    nested = "sliding_attention" in (config.get("rope_parameters") or {})
+    rope = dict(_of_layers(config, "sliding_attention") or {}) if nested else {}
+    rope.setdefault("rope_type", "default")
+    rope.setdefault("rope_theta", config.get("rope_local_base_freq") or 10000.0)
+    return rope
+
+
+def _of_layers(config: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:
+    """transformers 5's rope_parameters: one for all layers, or one for each kind."""
+    rope = config.get("rope_parameters") or {}
+    nested = "full_attention" in rope or "sliding_attention" in rope
+    return rope.get(kind) if nested else rope
 
 
 # ---- both directions

@@ -13,6 +13,7 @@ What it gives up: exactness. 16 rows of each block are looked at, and an importa
 """
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from qmica import ggml
+from qmica.errors import QmicaError
 
 ROWS = 16  # of a block of rows: 0.02 s for 4096 columns in Q4_K
 LITTLE = 0.9  # of the change kept, below which it is said how to keep more
@@ -49,14 +51,15 @@ class Survival:
         return rows[:: -(-len(rows) // ROWS)].clone() if name in self.types and len(rows) else None
 
     def add(self, name: str, before: torch.Tensor | None, rows: torch.Tensor) -> None:
-        """The same rows with the change in them. Rows that are no numbers are left to whoever writes them."""
+        """The same rows with the change in them. Rows that cannot be written are left to whoever writes them."""
         if before is None:
             return
         after = rows[:: -(-len(rows) // ROWS)]
         if not torch.isfinite(after).all():
             return
         for type_ in set(self.types[name]):
-            self._add(self.sums[type_], before, after, type_)
+            with suppress(QmicaError):  # too large for the type
+                self._add(self.sums[type_], before, after, type_)
 
     @staticmethod
     def _add(sums: Sums, before: torch.Tensor, after: torch.Tensor, type_: GGMLQuantizationType) -> None:

@@ -242,7 +242,7 @@ def _described(metadata: Mapping[str, Any], swallows: Callable[[str], bool]) -> 
         tokenizer_object=_Handed(backend),
         add_bos_token="bos" in ids and bool(metadata.get("tokenizer.ggml.add_bos_token", defaults["add_bos"])),
         add_eos_token="eos" in ids and bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        chat_template=template if isinstance(template := metadata.get("tokenizer.chat_template"), str) else None,
+        chat_template=template if isinstance(template := metadata.get(CHAT_TEMPLATE), str) else None,
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": tokens[id] for role, id in ids.items()},
     )
@@ -466,7 +466,7 @@ def _sentencepiece_metadata(model: Any, added: Mapping[int, AddedToken], folder:
     template = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {row["name"]: row["template"] for row in template}.get("default")
-    return metadata | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+    return metadata | ({CHAT_TEMPLATE: template} if isinstance(template, str) else {})
 
 
 def _pieces(proto: bytes) -> list[tuple[str, float, int]]:
@@ -567,6 +567,8 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast, generation_config: Any =
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
+
+CHAT_TEMPLATE = "tokenizer.chat_template"  # GGUF's key
 
 # role -> GGUF's word
 SPECIAL_IDS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
@@ -693,4 +695,4 @@ def _special_entries(tokenizer) -> list[Entry]:
     entries += [("tokenizer.ggml.add_eos_token", _BOOL, text[-1:] == [ids["eos"]], None)]
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
-    return entries + ([("tokenizer.chat_template", _STRING, template, None)] if template else [])
+    return entries + ([(CHAT_TEMPLATE, _STRING, template, None)] if template else [])

@@ -100,13 +100,9 @@ def unpack(raw: torch.Tensor, type: GGMLQuantizationType, dtype: torch.dtype = t
         _shared(ggml.unpacker(type), raw.contiguous(), out)
         return out.to(dtype)
     out = torch.empty(shape, dtype=dtype, device=raw.device)
-    for place in _chunks(len(raw), max(GPU_CHUNK // shape[1], 1)):
+    for place in ggml.chunks(len(raw), max(GPU_CHUNK // shape[1], 1)):
         out[place] = in_torch(raw[place], type)
     return out
-
-
-def _chunks(rows: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 # ---- a CPU
@@ -115,7 +111,7 @@ def _chunks(rows: int, step: int) -> list[slice]:
 def _shared(fill: ggml.Fill, raw: torch.Tensor, out: torch.Tensor) -> None:
     """Fill `out`, a part of the rows by each of torch's threads; the caller is one of them."""
     threads = min(torch.get_num_threads(), len(raw)) if out.numel() >= SHARED_FROM else 1
-    own, *others = _chunks(len(raw), -(-len(raw) // threads)) if len(raw) else [slice(0, 0)]
+    own, *others = ggml.chunks(len(raw), -(-len(raw) // threads)) if len(raw) else [slice(0, 0)]
     packed, weights = raw.numpy(), out.numpy()
     waiting = [_pool(threads - 1).submit(fill, packed[place], weights[place]) for place in others]
     fill(packed[own], weights[own])

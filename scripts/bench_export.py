@@ -37,6 +37,7 @@ from qmica import architectures, exporting, ggml, merging, source, tokenizer
 from qmica.config import ExportConfig
 from qmica.durable import size_text
 from qmica.source import CONFIG, SMALL
+from qmica.survival import Survival
 
 LIMIT, MEMORY = 1.2, 2.5e9  # of the time of the quantization alone; bytes of anonymous memory above the imports
 CHUNK = 1 << 20  # weights a call of ggml's C
@@ -96,7 +97,7 @@ def quantized_alone(run: Path, config: ExportConfig, every: int) -> tuple[float,
     seconds, used = defaultdict(float), defaultdict(float)
     seen, whole, blocks = defaultdict(int), defaultdict(int), 0
     with ThreadPoolExecutor(config.threads) as pool:
-        for plan in exporting._plan_models(opened, config, merging.Rounding()):
+        for plan in exporting._plan_models(opened, config, merging.Rounding(), Survival()):
             for tensor in plan.tensors:
                 if tensor.copied or tensor.type == ggml.T.F32:
                     continue

@@ -146,14 +146,14 @@ def test_only_q_and_k_of_llama_are_permuted():
 
 def test_a_config_survives_the_gguf(model, file):
     config = AutoConfig.for_model(**config_of(file))
-    expected_rope = rope.parameters(model.config.to_dict(), "full_attention")
+    expected_rope = rope.parameters(model.config.to_dict())
     for row in for_config(config).hyperparameters:
         expected = getattr(model.config, row.attribute, None)
         expected = for_config(config).head_dim(model.config) if row.attribute == "head_dim" else expected
         expected = expected if expected is None else pytest.approx(expected, rel=1e-7)
         assert getattr(config, row.attribute) == expected, row.attribute
     assert config.tie_word_embeddings == model.config.tie_word_embeddings
-    found_rope = rope.parameters(config.to_dict(), "full_attention")
+    found_rope = rope.parameters(config.to_dict())
     for name in expected_rope.keys() - {"attention_factor", "mscale", "mscale_all_dim", "low_freq_factor"}:
         assert found_rope[name] == pytest.approx(expected_rope[name]), name
 
@@ -282,22 +282,48 @@ def test_smollm2_from_its_own_gguf():
     }
 
 
-def test_defaults_are_those_of_transformers():
-    """A config.json that leaves a value out means what transformers reads."""
-    needed = {"hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 64}
-    raw = {"model_type": "llama", "vocab_size": 99, "max_position_embeddings": 128, **needed}
-    full = LlamaConfig(**{key: value for key, value in raw.items() if key != "model_type"})
-    arch = for_config(raw)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_defaults_are_those_of_transformers(family):
+    """A config.json that leaves out all that a family's may means what transformers reads."""
+    arch = next(arch for arch in ARCHITECTURES if arch.hf_class.lower().startswith(family))
+    needed = {row.attribute: 96 for row in arch.hyperparameters if row.default is architectures.REQUIRED}
+    raw = needed | {"vocab_size": 99, "num_attention_heads": 3, "num_hidden_layers": 7}
+    raw |= {"query_pre_attn_scalar": arch.head_dim(raw)} if arch.norm_offset else {}
+    full = tiny.FAMILIES[family][0](**raw, pad_token_id=None)
+    raw |= {"model_type": arch.model_type}
+    assert for_config(raw) is arch
     assert arch.metadata(raw) == arch.metadata(full)
     assert list(arch.tensor_names(raw)) == list(arch.tensor_names(full))
 
 
-@pytest.mark.parametrize("old", [{"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}])
-def test_configs_of_transformers_4_are_read(old):
-    new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
-    base = {key: value for key, value in tiny.tiny_config("llama").to_dict().items() if key != "rope_parameters"}
-    arch = for_gguf("llama")
-    assert arch.metadata({**base, **old}) == arch.metadata({**base, **new})
+OLD_ROPES = {  # as config.json said it before transformers 5
+    "linear": ("llama", {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "Gemma 3 1B": ("gemma3", {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None}),
+    "Gemma 3 4B": ("gemma3", {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}),
+    "another local base": ("gemma3", {"rope_theta": 5e5, "rope_local_base_freq": 333.0}),
+    "SmolLM3": ("smollm3", {"rope_theta": 5e6, "rope_scaling": None}),
+    "Phi-3": ("phi3", {"rope_theta": 1e4, "rope_scaling": {**tiny.LONGROPE, "type": "su", "rope_type": None}}),
+}
+
+
+@pytest.mark.parametrize("name", OLD_ROPES)
+def test_configs_of_transformers_4_are_read(name):
+    family, old = OLD_ROPES[name]
+    config = tiny.tiny_config(family)
+    base = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
+    theirs = {key: value for key, value in (base | old).items() if key not in ("model_type", "transformers_version")}
+    if name == "Phi-3":
+        theirs["rope_scaling"] = {**tiny.LONGROPE, "rope_type": "longrope"}
+    arch = for_config({**base, **old})
+    assert arch.metadata({**base, **old}) == arch.metadata(type(config)(**theirs))
+
+
+@pytest.mark.parametrize("attribute", ["attn_logit_softcapping", "final_logit_softcapping", "sliding_window"])
+def test_null_is_not_the_default(attribute):
+    """transformers computes no cap then, and llama.cpp's graph always has one."""
+    config = tiny.tiny_config("gemma2").to_dict() | {attribute: None}
+    with pytest.raises(QmicaError, match=f"gemma2 model has {attribute} = null, and a GGUF can only express a number"):
+        for_config(config)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rope

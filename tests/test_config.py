@@ -75,7 +75,7 @@ DEFAULTS = {
     },
     ExportConfig: {
         "--out": None,
-        "--quant": "Q4_K_M",
+        "--quant": None,
         "--imatrix": None,
         "--adapter": False,
         "--base": "original",
@@ -271,6 +271,11 @@ REFUSED = [
     ),
     (
         ExportConfig,
+        {"adapter": True, "max_shard_size": "1GB"},
+        "--max-shard-size is for merged models, and llama.cpp reads an adapter from one file: leave it out",
+    ),
+    (
+        ExportConfig,
         {"quant": "Q8_0,F16", "max_shard_size": "1GB"},
         "--max-shard-size takes one type, and --quant Q8_0,F16 names 2: name one",
     ),
@@ -319,8 +324,15 @@ def test_quants_are_those_that_ggml_has():
     assert set(config.QUANTS) == set(ggml.QUANTS)
     assert ExportConfig(quant="q8_0").quant == "Q8_0" and ExportConfig(quant="q8_0").quants == ("Q8_0",)
     assert ExportConfig(quant="q4_k_m, F16").quants == ("Q4_K_M", "F16")
-    field = ast.unparse(ast.parse(Path(config.__file__).read_text(encoding="utf-8")))
-    assert " ".join(config.QUANTS) in field  # the words of --help
+    assert ExportConfig().quants == ("Q4_K_M",) and ExportConfig(adapter=True).quants == ("F32",)
+
+
+def test_help_names_every_quant(capsys, monkeypatch):
+    said = []
+    for word in line_of("--quant", help_of("export", capsys, monkeypatch)).split(";")[0].split():
+        first, *ends = word.split("/")  # Q3_K_S/M/L
+        said += [first, *(first[: first.rindex("_") + 1] + end for end in ends)]
+    assert [word for word in said if word in config.QUANTS] == list(config.QUANTS)
 
 
 @pytest.mark.parametrize(

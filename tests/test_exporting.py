@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LLAMA3_ROPE, LONGROPE, WIDE, default_tokenizer, save_tiny, tiny_tokenizer, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qmica import architectures, durable, exporting, ggml, imatrix, llamacpp, merging
+from qmica import architectures, data, durable, exporting, ggml, imatrix, llamacpp, merging, source, tokenizer
 from qmica.config import QUANTS, ExportConfig
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
@@ -603,6 +603,16 @@ def test_a_modelfile_beside_an_adapter(own_run, llama_run, tmp_path, capsys):
     assert said["template"] == parse_modelfile(text)["template"]
 
 
+def test_a_modelfile_beside_a_split_base(llama_run, tmp_path):
+    """Ollama reads no parts."""
+    base = as_gguf(tmp_path / "base.gguf", llama_run[0], "llama")
+    first = split(base, tmp_path / "parts", 9)
+    run = make_run(tmp_path / "run", first)
+    text = export(run, adapter=True, ollama=True).with_suffix(".Modelfile").read_text()
+    assert text.startswith(f"# BASE.gguf: of llama-gguf-split --merge {first} BASE.gguf\n")
+    assert parse_modelfile(text)["from"] == "./BASE.gguf"
+
+
 def test_a_modelfile_of_a_base_model(llama_run, tmp_path):
     """It goes on with a text; one that was taught chats gets the form in which it was taught them."""
     base = Path(shutil.copytree(llama_run[0], tmp_path / "base"))
@@ -616,6 +626,11 @@ def test_a_modelfile_of_a_base_model(llama_run, tmp_path):
         said = parse_modelfile((run / "run.adapter.Modelfile").read_text())
         if template:
             assert said["template"] == template
+        file = export(run, quant="F32", out=tmp_path / "merged.gguf")  # llama-cli and qmica chat ask as it was taught
+        assert (tokenizer.CHAT_TEMPLATE in GGUFFile.open(file).metadata) == (template is None)
+    assert tokenizer.load(source.resolve(file)).chat_template == data.chat_template(
+        tokenizer.load(source.resolve(base))
+    )
     assert prompt(said, [{"role": "user", "content": "Hi"}]) == "### User:\nHi\n\n### Assistant:\n"
 
 
@@ -713,11 +728,12 @@ def test_the_base_is_never_overwritten(llama_run, tmp_path):
     assert file.read_bytes() == content
 
 
-def test_types_that_an_adapter_cannot_have(own_run):
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M"])
+def test_types_that_an_adapter_cannot_have(own_run, quant):
     with pytest.raises(QmicaError) as error:
-        export(own_run, adapter=True, quant="Q8_0")
+        export(own_run, adapter=True, quant=quant)
     assert str(error.value) == (
-        "--quant Q8_0 is for merged models: an adapter is written in F32 (the default), F16 or BF16"
+        f"--quant {quant} is for merged models: an adapter is written in F32 (the default), F16 or BF16"
     )
 
 

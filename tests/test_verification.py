@@ -148,10 +148,12 @@ def garble(patch) -> None:
 )
 def test_a_broken_file_is_found(made, tmp_path, monkeypatch, capsys, quant, how, problem):
     how(monkeypatch)
-    with pytest.raises(QmicaError, match=r"model\.gguf is broken: " + problem) as error:
+    (tmp_path / "model.gguf").write_bytes(b"an older one")
+    with pytest.raises(QmicaError, match=r"model\.gguf came out broken: " + problem) as error:
         exporting.export(str(made["run"]), ExportConfig(quant=quant, out=tmp_path / "model.gguf", verify=True))
     print(capsys.readouterr().out[-800:], error.value)
-    assert str(error.value).endswith("; please report it, and do not use the file")
+    assert str(error.value).endswith("; it was not written; please report it")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"an older one"]
 
 
 @needs_llama
@@ -166,9 +168,72 @@ def test_other_tokens_are_found(made, tmp_path, monkeypatch):
         ],
     )
     with pytest.raises(
-        QmicaError, match=r"model\.gguf is broken: llama\.cpp cuts '.*' into other tokens than training did \(\d+ "
+        QmicaError,
+        match=r"model\.gguf came out broken: llama\.cpp cuts '.*' into other tokens than training did \(\d+ ",
     ):
         exporting.export(str(made["run"]), ExportConfig(quant="Q8_0", out=tmp_path / "model.gguf", verify=True))
+
+
+@needs_llama
+def test_several_files_are_compared_with_one_answer(made, tmp_path, monkeypatch, capsys):
+    """The model as trained is loaded once; a broken file takes the sound one with it, and neither is written."""
+    asked, real = [], verification.in_training
+    monkeypatch.setattr(verification, "in_training", lambda *arguments: asked.append(arguments) or real(*arguments))
+    exporting.export(str(made["run"]), ExportConfig(quant="F32,Q8_0", out=tmp_path / "out", verify=True))
+    assert len(asked) == 1 and capsys.readouterr().out.count("same next token") == 2
+    limits = verification.limit_of
+    monkeypatch.setattr(verification, "limit_of", lambda quant: 0.0 if quant == "Q8_0" else limits(quant))
+    with pytest.raises(QmicaError, match=r"other/run\.Q8_0\.gguf came out broken"):
+        exporting.export(str(made["run"]), ExportConfig(quant="F32,Q8_0", out=tmp_path / "other", verify=True))
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_a_broken_merge_is_not_written(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "near", lambda *_: 0.0)
+    with pytest.raises(QmicaError, match=r"merged came out broken: merged, bf16 is \S+ nats from as trained"):
+        merging.merge(str(made["run"]), tmp_path / "merged", verify=True)
+    assert not list(tmp_path.iterdir())
+
+
+def answers(rows: int, seed: int) -> np.ndarray:
+    return log_softmax(np.random.default_rng(seed).normal(size=(rows, 9))).astype(np.float32)
+
+
+def test_what_is_known_to_be_cut_otherwise_is_a_note(capsys):
+    """Families whose regex llama.cpp approximates: combining marks, capitals beyond ASCII (tokenizer.py)."""
+    check = verification.Verification([[1]])
+    check.add(verification.TRAINED, answers(5, 0))
+    check.add(verification.BASE, answers(5, 1))
+    check.cut("the same", [1, 2], [1, 2])
+    check.cut("नमस्ते", [1, 2], [1, 3])
+    other = check.copy()
+    check.report("file")
+    assert "llama.cpp cuts 'नमस्ते' into other tokens than training did (2 and 2)" in capsys.readouterr().out
+    other.cut("plain", [1, 2], [1, 2, 3])
+    with pytest.raises(QmicaError, match=r"^file came out broken: llama.cpp cuts 'plain' into .* \(3 and 2\); it was"):
+        other.report("file")
+
+
+@pytest.mark.parametrize("size, found", [(1e-3, False), (1.0, True)])
+def test_a_change_below_the_rounding_is_not_looked_for(size, found):
+    """What was learnt is a thousandth of what rounding does: how much of it there is cannot be told."""
+    base = answers(50, 0)
+    trained = log_softmax(base + size * answers(50, 1)).astype(np.float32)
+    rounded = log_softmax(base + 0.3 * answers(50, 2)).astype(np.float32)
+    check = verification.Verification([[1]])
+    for name, said in ((verification.TRAINED, trained), (verification.BASE, base), ("the file", rounded)):
+        check.add(name, said)
+    assert verification.effect_kept(trained, base, rounded) < verification.KEPT
+    try:
+        check.report("file")
+        assert not found
+    except QmicaError as error:
+        assert found and "of what was learnt is in the file" in str(error)
+
+
+def test_limits_go_by_bits():
+    found = {quant: verification.limit_of(quant) for quant in ("Q8_0", "Q4_0", "IQ4_XS", "IQ4_NL", "Q3_K_M", "Q2_K")}
+    assert list(found.values()) == [verification.ROUNDED, *3 * [verification.QUANTIZED], *2 * [verification.COARSE]]
 
 
 # ---- texts
