@@ -17,14 +17,13 @@ an error of its own, which stays.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from qmica import adapter, data, loss, packing, quant, runs, samples, subspace
 from qmica.adapter import Factors
-from qmica.config import DataConfig, Job
+from qmica.config import DataConfig
 from qmica.weights import Weights
 
 COLUMNS = 16  # of a pair, beside the adapter's own rank; with 48 the almanac's answers came no nearer
@@ -80,17 +79,15 @@ def _sample(run: runs.Run, tokens) -> packing.Batch:
     """A row of about TOKENS tokens, half of what the run learnt from and half general text; the latter alone where the
     data is not known, or not where it was.
     """
-    flags = run.config().get("train")
-    options = DataConfig() if flags is None else Job.from_flags(flags).data
-    learnt, kind = options.data or samples.ALMANAC, options.format
-    if flags is None or not all(Path(file).exists() for file in learnt):
+    options = run.learnt_from()
+    if options is None:
         print("what the adapter learnt from is not at hand: general text alone says what matters of the weights")
-        learnt, kind = samples.REPLAY, "text"
+        options = DataConfig(data=samples.REPLAY, format="text")
     made = data.prepare(
-        learnt,
+        options.data,
         tokens,
         max_seq_length=options.max_seq_length,
-        format=kind,
+        format=options.format,
         replay=samples.REPLAY,
         replay_ratio=0.5,
         say=lambda text: None,

@@ -66,7 +66,7 @@ METADATA_BYTES = 16_000_000  # at most: a vocabulary of 152,000 tokens and its m
 NO_MODELFILE = "  with --ollama it comes with a Modelfile for Ollama: template, stop tokens, parameters"
 SAMPLE = 256  # bytes at each end of a tensor, compared when the file is read back
 
-FINE = {T.F32, T.F16, T.BF16, T.Q8_0}  # they hardly change what they are given
+FINE = {T[name] for name in UNWEIGHABLE}  # they hardly change what they are given
 
 STRING, U32, F32 = GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.FLOAT32
 U16, I32 = GGUFValueType.UINT16, GGUFValueType.INT32

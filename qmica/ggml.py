@@ -92,8 +92,6 @@ def quantize(
 
 def dequantize(raw: np.ndarray, type: GGMLQuantizationType) -> np.ndarray:
     """Unpacks uint8 (n, row_bytes) into float32 (n, columns). QmicaError for a type that gguf cannot dequantize."""
-    if type != T.F32 and type != T.F16 and type not in quants._type_traits:
-        raise QmicaError(f"{type.name} weights cannot be read: gguf has no dequantization for them")
     block, block_bytes = GGML_QUANT_SIZES[type]
     raw = np.ascontiguousarray(raw)
     out = np.empty((raw.shape[0], raw.shape[1] // block_bytes * block), np.float32)
@@ -107,7 +105,11 @@ Fill = Callable[[np.ndarray, np.ndarray], None]  # packed rows, and where their 
 
 
 def unpacker(type: GGMLQuantizationType) -> Fill:
-    """What unpacks rows of this type here: ggml's C, or gguf's numpy code."""
+    """What unpacks rows of this type here: ggml's C, or gguf's numpy code. QmicaError for a type that gguf cannot
+    dequantize.
+    """
+    if type != T.F32 and type != T.F16 and type not in quants._type_traits:
+        raise QmicaError(f"{type.name} weights cannot be read: gguf has no dequantization for them")
     return unpacked_by_ggml(type) or (lambda raw, out: np.copyto(out, quants.dequantize(raw, type)))
 
 

@@ -97,15 +97,21 @@ def merge(
         durable.write_json(part / source.CONFIG, _config(weights))
         _write_companions(opened.source, part)
         if verify:
-            check = verification.in_training(opened.run, scale)
-            log_p = verification.of_source(source.resolve(str(part)), check.texts)
-            check.add(verification.MERGED, log_p, {verification.TRAINED: near(opened, base)})
-            check.report(target)
-    print(*[*([rounding] if rounding.total else []), *survival.lines()], sep="\n")
+            _verify(opened, part, target, near(opened, base), scale)
+    for line in [*([rounding] if rounding.total else []), *survival.lines()]:
+        print(line)
     print(f"{target}: {durable.size_text(size)} of bf16 safetensors; transformers and vLLM load it as any model,")
     part = "" if scale == 1 else f" --scale {scale:g}"
     print(f"  from_pretrained({str(target)!r}); for llama.cpp and Ollama: qmica export {opened.run.folder}{part}")
     return target
+
+
+def _verify(opened: Opened, folder: Path, target: Path, limit: float, scale: float) -> None:
+    """Ask the model as trained and the merged one. Raises QmicaError where they are further than `limit` apart."""
+    check = verification.in_training(opened.run, scale)
+    log_p = verification.of_source(source.resolve(str(folder)), check.texts)
+    check.add(verification.MERGED, log_p, {verification.TRAINED: limit})
+    check.report(target)
 
 
 def near(opened: Opened, base: BaseKind) -> float:

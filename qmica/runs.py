@@ -15,14 +15,14 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmica import durable
-from qmica.config import ModelConfig
+from qmica import durable, samples
+from qmica.config import DataConfig, Job, ModelConfig
 from qmica.errors import QmicaError
 
 HOME = Path("runs")
@@ -125,6 +125,15 @@ class Run:
         for old in self._checkpoints()[:-KEPT]:
             shutil.rmtree(old)
         return folder
+
+    def learnt_from(self) -> DataConfig | None:
+        """The flags of what it learnt from, the bundled almanac named where no file was; None where that is not known,
+        or not where it was.
+        """
+        flags = self.config().get("train")
+        options = None if flags is None else Job.from_flags(flags).data
+        files = options and (options.data or samples.ALMANAC)
+        return replace(options, data=files) if files and all(Path(file).exists() for file in files) else None
 
     def last_checkpoint(self) -> Checkpoint:
         """The newest checkpoint that is whole. Raises QmicaError where there is none, saying what is wrong with those

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import nn
 
 from qmica import adapter, allocator, data, llamacpp, model, quant, runs, samples
-from qmica.config import UNWEIGHABLE, DataConfig, Job
+from qmica.config import UNWEIGHABLE, DataConfig
 from qmica.errors import QmicaError
 from qmica.source import Source
 from qmica.weights import LazyTensor
@@ -150,13 +150,9 @@ def effect_kept(trained: np.ndarray, base: np.ndarray, other: np.ndarray) -> flo
 def texts(run: runs.Run, tokens) -> list[list[int]]:
     """The beginnings of up to TEXTS examples of what the run learnt from, spread over it; of the bundled novel where
     that is not known or not there."""
-    flags = run.config().get("train")
-    options = None if flags is None else Job.from_flags(flags).data
-    learnt = options and (options.data or samples.ALMANAC)
-    if not learnt or not all(Path(file).exists() for file in learnt):
-        options, learnt = DataConfig(), samples.REPLAY
-    kind = options.format if options.data or learnt == samples.ALMANAC else "text"
-    made = data.prepare(learnt, tokens, max_seq_length=options.max_seq_length, format=kind, say=lambda text: None).train
+    found = run.learnt_from() or DataConfig(data=samples.REPLAY, format="text")
+    options = {"max_seq_length": found.max_seq_length, "format": found.format}
+    made = data.prepare(found.data, tokens, **options, say=lambda text: None).train
     chosen = np.unique(np.linspace(0, len(made) - 1, TEXTS).astype(int))
     return [made.ids[made.starts[i] : min(made.starts[i] + TOKENS, made.starts[i + 1])].tolist() for i in chosen]
 

@@ -31,7 +31,7 @@ from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile, GGUFTensor
 from qmica.mapping import Map
 from qmica.source import INDEX, SINGLE, Headers, Source
-from qmica.unpacking import Blocks
+from qmica.unpacking import PLAIN, Blocks, unpack
 
 BLOCK_BYTES = 256_000_000  # of fp32 rows: what a walk holds of one tensor
 SAMPLES, SAMPLE_BYTES = 3, 1024  # of each tensor, for the fingerprint: 70B has 723 tensors, so 2.2 MB are read
@@ -52,13 +52,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-# GGUF types that torch has: numpy's view of the bytes (bf16 as int16), and the dtype
-_PLAIN = {
-    GGMLQuantizationType.F32: (np.float32, torch.float32),
-    GGMLQuantizationType.F16: (np.float16, torch.float16),
-    GGMLQuantizationType.BF16: (np.int16, torch.bfloat16),
-}
 
 # what bitsandbytes stores beside a packed `weight`, names after the module's path
 _NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
@@ -358,7 +351,7 @@ def _dequantized(tensor: GGUFTensor, order: np.ndarray | None, offset: float) ->
     GGUF's values are above.
     """
     back = None if order is None else np.argsort(order)
-    dtype = _PLAIN[tensor.type][1] if tensor.type in _PLAIN else torch.float32
+    dtype = PLAIN.get(tensor.type, torch.float32)
 
     def read_matrix(start: int, stop: int) -> torch.Tensor:
         # indexing the map copies only the packed rows asked for: a permuted head's lie apart
@@ -394,10 +387,7 @@ def _blocks(tensor: LazyTensor, mapped: Map | None) -> Blocks:
 
 def _unpacked(raw: np.ndarray, type: GGMLQuantizationType) -> torch.Tensor:
     """uint8 rows -> values (n, columns), in memory of their own."""
-    if type not in _PLAIN:
-        return torch.from_numpy(ggml.dequantize(raw, type))
-    view, dtype = _PLAIN[type]
-    return torch.from_numpy(np.array(raw).view(view)).view(dtype)
+    return unpack(torch.from_numpy(np.array(raw)), type, PLAIN.get(type, torch.float32))
 
 
 # ---- laying over, writing
