@@ -310,10 +310,12 @@ def read_adapter(folder: str | Path, share: float = 1.0) -> Adapter:
         made = _options(config, scale) if ours is None else AdapterConfig(**ours["adapter"])
         options = replace(made, alpha=scale * rank)  # what is saved again is what was read
         base = Base(id=config.get("base_model_name_or_path") or "unknown") if ours is None else Base(**ours["base"])
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise QmicaError(f"{folder}: {CONFIG} or {QMICA} is damaged, or of a newer qmica ({reason})") from error
-    return Adapter(folder, options, base, _read_factors(folder / TENSORS, scale))
+    if base.bits is not None and base.bits not in quant.FORMATS:
+        raise QmicaError(f"{folder / QMICA} is damaged, or of a newer qmica (bits {base.bits!r:.20})")
+    return Adapter(folder, options, base, _read_factors(folder / TENSORS, scale, rank))
 
 
 def _require_plain(config: dict, folder: Path) -> None:
@@ -344,35 +346,44 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise QmicaError(f"{path.parent} is not an adapter folder: {path.name} is missing") from None
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise QmicaError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise QmicaError(f"{path} is damaged: it holds no JSON object")
     return content
 
 
-def _read_factors(path: Path, scale: float) -> dict[str, Factors]:
+def _read_factors(path: Path, scale: float, rank: int) -> dict[str, Factors]:
     """The A and B of each module. Raises QmicaError naming a file that is no whole set of pairs."""
     try:
         with safe_open(path, framework="pt") as file:
             named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise QmicaError(f"{path} cannot be read: {error}") from error
-    return _pairs(named, scale, path)
+    return _pairs(named, scale, rank, path)
 
 
-def _pairs(named: Mapping[str, torch.Tensor], scale: float, path: Path | str) -> dict[str, Factors]:
+def _pairs(named: Mapping[str, torch.Tensor], scale: float, rank: int, path: Path | str) -> dict[str, Factors]:
     suffix = ".lora_A.weight"
     paths = [name.removeprefix(PREFIX).removesuffix(suffix) for name in named if name.endswith(suffix)]
     lonely = [p for p in paths if f"{PREFIX}{p}.lora_B.weight" not in named]
     if lonely or len(named) != 2 * len(paths) or not paths:
         raise QmicaError(f"{path} is not a plain LoRA: {len(named)} tensors, {len(paths)} pairs of lora_A and lora_B")
-    return {p: Factors(named[f"{PREFIX}{p}{suffix}"], named[f"{PREFIX}{p}.lora_B.weight"], scale) for p in paths}
+    pairs = {p: Factors(named[f"{PREFIX}{p}{suffix}"], named[f"{PREFIX}{p}.lora_B.weight"], scale) for p in paths}
+    for p, part in pairs.items():
+        shapes = tuple(part.A.shape), tuple(part.B.shape)
+        if {len(shape) for shape in shapes} != {2} or (shapes[0][0], shapes[1][1]) != (rank, rank):
+            raise QmicaError(
+                f"{path}: {p} has an A of {shapes[0]} and a B of {shapes[1]}, and its config says rank {rank}"
+            )
+        if not all(half.is_floating_point() and torch.isfinite(half).all() for half in (part.A, part.B)):
+            raise QmicaError(f"{path}: {p} holds what is no number (NaN or infinite): it is broken; train again")
+    return pairs
 
 
 def restore(model: nn.Module, named: Mapping[str, torch.Tensor], options: AdapterConfig) -> nn.Module:
     """Put back an adapter saved by `tensors`, on the same base, in place. Returns the model."""
-    factors = _pairs(named, options.scaling_alpha / options.rank, "the checkpoint")
+    factors = _pairs(named, options.scaling_alpha / options.rank, options.rank, "the checkpoint")
     return _install(model, Adapter(Path(), options, base_of(model), factors))
 
 

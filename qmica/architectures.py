@@ -21,6 +21,7 @@ Sources: llama.cpp conversion/*.py (keys, permutation, offsets), src/models/*.cp
 src/llama-model.cpp (what a missing key means).
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from qmica.errors import QmicaError
 from qmica.rope import shortest_float
 
 REQUIRED = object()  # as a default: the key must be there
+MOST_LAYERS = 1000  # Llama 3.1 405B has 126: what says more is broken, and lists would be made of that length
 U32, F32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
 
 
@@ -157,9 +159,10 @@ class Architecture:
             if group.flag:
                 config[group.flag] = self._bias_flag(group, shapes)
         self._require_tensors(config, shapes)  # before anything is made for each layer: their number may be a lie
-        config = {**self._fixed(config), **config, **special_token_ids(metadata)}
+        config = {**self._fixed(config), **config, **special_token_ids(metadata, config["vocab_size"])}
         self._refuse_pattern(metadata, config)
         self._refuse_fixed(config)
+        self._refuse_sizes(config, shapes)
         config["rope_parameters"] = self._read_rope(metadata, factors or {}, config)
         return config
 
@@ -168,7 +171,7 @@ class Architecture:
         if row.attribute == "vocab_size":  # the key is missing in old files; the embedding has one row a token
             value = shapes["token_embd.weight"][0]
         if isinstance(value, list):
-            if len(set(value)) > 1:
+            if not value or any(one != value[0] for one in value):
                 raise QmicaError(
                     f"{self.name}.{row.key} differs from layer to layer ({value[:4]}...): qmica reads only models "
                     "whose layers are all alike; use another model"
@@ -182,7 +185,7 @@ class Architecture:
         if row.default is None and not value:
             return None
         number = shortest_float(value)
-        if number <= 0 or (row.type == U32 and number != int(number)):
+        if number <= 0 or (row.type == U32 and (number != int(number) or number >= 2**32)):
             raise QmicaError(f"the GGUF has {self.name}.{row.key} = {value}: it is broken; download it again")
         return number if row.type == F32 else int(value)
 
@@ -232,11 +235,41 @@ class Architecture:
 
     def _require_tensors(self, config: Mapping, shapes: Mapping) -> None:
         wanted = {**config, "num_hidden_layers": min(config["num_hidden_layers"], len(shapes))}  # a header may lie
-        missing = [name for name in map(self.gguf_name, self.tensor_names(wanted)) if name not in shapes]
+        expected = dict.fromkeys(map(self.gguf_name, self.tensor_names(wanted)))
+        missing = [name for name in expected if name not in shapes]
+        extra = [name for name in shapes if name not in expected and name not in self.factor_tensors]
+        if extra and not missing:
+            raise QmicaError(
+                f"the GGUF has {len(extra)} tensors that a {self.name} model with {config['num_hidden_layers']} layers "
+                f"does not have, {extra[0]} first: its header is broken; download it again"
+            )
         if missing:
             raise QmicaError(
                 f"the GGUF lacks {len(missing)} tensors of a {self.name} model with {config['num_hidden_layers']} "
                 f"layers, {missing[0]} first: it is not complete; download it again (all parts of a split file)"
+            )
+
+    def _refuse_sizes(self, config: Mapping, shapes: Mapping) -> None:
+        """What is made from the header's numbers would be as large as they say: they must be those of the tensors."""
+        width, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+        heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+        sizes = {
+            "token_embd.weight": (config["vocab_size"], width),
+            "blk.0.attn_output.weight": (width, heads * dim),
+            "blk.0.attn_k.weight": (groups * dim, width),
+            "blk.0.attn_qkv.weight": ((heads + 2 * groups) * dim, width),
+            "blk.0.ffn_down.weight": (width, inner),
+        }
+        wrong = [name for name, size in sizes.items() if tuple(shapes.get(name, size)) != size]
+        if wrong:
+            raise QmicaError(
+                f"the GGUF's {wrong[0]} is {tuple(shapes[wrong[0]])}, and its header says {sizes[wrong[0]]}: it is "
+                "broken; download it again"
+            )
+        if heads % groups or dim % 2:
+            raise QmicaError(
+                f"the GGUF has {heads} heads for {groups} of keys, of {dim} numbers each: it is broken; download it "
+                "again"
             )
 
     def _bias_flag(self, group: Biases, shapes: Mapping) -> bool:
@@ -277,9 +310,10 @@ class Architecture:
     def check(self, config: Any) -> None:
         """Raise QmicaError when the config asks for something this family's GGUF cannot express."""
         config = as_dict(config)
+        self._require_numbers(config)
         self._refuse_fixed(config)
         types = config.get("layer_types")
-        if types and list(types) != self._layer_types(config):
+        if types and types != self._layer_types(config):
             raise QmicaError(
                 f"this {self.model_type} model has sliding-window layers other than its GGUF can express: llama.cpp "
                 f"sees the whole text in every layer of {self.full_every}; use another model"
@@ -287,8 +321,25 @@ class Architecture:
         self._refuse_rope(self._rope(config))
         if self.local_rope:
             self._refuse_rope(rope.local_parameters(config), ("default",))
+        try:
+            rope.write(self._rope(config), self._frame(config))
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise QmicaError(f"config.json's rope parameters are not complete ({error}): download it again") from error
+
+    def _require_numbers(self, config: Mapping) -> None:
+        """Before anything is computed from them: numbers above 0, layers in a number that a model may have."""
         for row in self.hyperparameters:
-            self.value(config, row.attribute)
+            value = self.value(config, row.attribute)
+            most = {"num_hidden_layers": MOST_LAYERS}.get(row.attribute, 2**32 - 1 if row.type == U32 else math.inf)
+            kinds = int if row.type == U32 else (int, float)
+            if value is not None and not (isinstance(value, kinds) and 0 < value <= most and value < math.inf):
+                raise QmicaError(
+                    f"config.json has {row.attribute} = {value!r:.40}, which no {self.model_type} model has: it is "
+                    "broken; download it again"
+                )
+        for key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(config.get(key) or {}, Mapping):
+                raise QmicaError(f"config.json has {key} = {config[key]!r:.40}: it is broken; download it again")
 
     def _refuse_fixed(self, config: Mapping) -> None:
         for attribute, value in self._fixed(config).items():
@@ -658,7 +709,7 @@ def for_config(config: Any) -> Architecture:
     """The row for a config.json (dict) or PretrainedConfig, checked; QmicaError naming what is not supported."""
     config = as_dict(config)
     name = config.get("model_type")
-    if not name:
+    if not name or not isinstance(name, str):
         raise QmicaError(f"config.json has no model_type; supported are {supported()}")
     for arch in ARCHITECTURES:
         if arch.model_type == name:
@@ -681,8 +732,8 @@ _TEXT_NAMES = (  # of its tensors, as on the hub and as transformers 5 saves the
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config.json of a model's text part where it has another, else `config`."""
-    part = TEXT_PARTS.get(config.get("model_type"))
-    if part is None or "text_config" not in config:
+    part = TEXT_PARTS.get(str(config.get("model_type")))
+    if part is None or not isinstance(config.get("text_config"), Mapping):
         return config
     beside = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "dtype")
     arch = next(arch for arch in ARCHITECTURES if arch.model_type == part)
@@ -714,10 +765,11 @@ def as_dict(config: Any) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else config.to_dict()
 
 
-def special_token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """bos/eos/pad_token_id of config.json from a GGUF's tokenizer keys; those the file does not name are None."""
+def special_token_ids(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, int | None]:
+    """bos/eos/pad_token_id of config.json from a GGUF's tokenizer keys; those that are no token's are None."""
     keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    return {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in keys.items()}
+    said = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in keys.items()}
+    return {name: id if isinstance(id, int) and 0 <= id < vocab_size else None for name, id in said.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ messages

@@ -50,6 +50,8 @@ def _open(target: str | None, config: ChatConfig, stack: ExitStack) -> Answer:
         if not is_gguf(path):
             raise QmicaError(f"{path} is not a GGUF file: give a .gguf, a run folder, or nothing for the newest run")
         GGUFFile.open(path)  # a projector or an adapter is said to be one before llama.cpp meets it
+        if config.adapter and config.adapter.is_file():
+            GGUFFile.open(config.adapter, adapter=True)
         if config.scale != 1 and not config.adapter:
             raise QmicaError(
                 f"--scale {config.scale:g} is for a run, or for --adapter: what is merged into {path} stays as it is; "

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+from jinja2 import TemplateError
 
 from qmica import samples
 from qmica.config import DataConfig, TrainingConfig
@@ -32,6 +33,10 @@ CONTEXT = 64  # characters around a chunk, so that its first and last words are 
 LINE_START = re.compile(r"(?<=\n)(?=\S)")  # every pre-tokenizer in use splits here; _encode_chunk checks that it did
 WORD_START = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 MARK = "\ue0a7\ue0b8\ue0c9"  # private use characters: in no text, kept by trim and escape filters
+# What a chat template can end in: it is a program, and any mistake in it is raised as Python's own error; jinja2 makes
+# Python of it, which may be a SyntaxError (loops within loops)
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+TEMPLATE_ERRORS += (MemoryError, RecursionError, SyntaxError)
 # For models without a chat template. {bos} is "{{ bos_token }}" where the tokenizer begins a text with BOS, else "".
 PLAIN_TEMPLATE = (
     "{bos}{% for message in messages %}"
@@ -140,14 +145,12 @@ class ChatEncoder:
 
     def render(self, messages: Sequence[dict], where: str, **options) -> str:
         """The chat as text. QmicaError: the template refuses it (roles that do not alternate, a system prompt)."""
-        from jinja2 import TemplateError
-
         try:  # date_string: Llama 3's templates would otherwise write today's date into the data
             return self.tokenizer.apply_chat_template(
                 list(messages), chat_template=self.template, tokenize=False, date_string="26 Jul 2024", **options
             )
-        except (TemplateError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except TEMPLATE_ERRORS as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise QmicaError(f"{where}: the model's chat template refuses it ({reason}): correct the record") from error
 
     def spans(self, document: Document, text: str) -> list[tuple[int, int]]:

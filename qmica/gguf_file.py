@@ -16,7 +16,7 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass, field
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,6 +122,7 @@ class GGUFFile:
         complete GGUF of that sort."""
         opened = cls._read(Path(path))
         _check_sort(opened, adapter)
+        _check_tensors(opened, adapter)
         return opened
 
     @classmethod
@@ -420,6 +421,25 @@ def _joined(parts: tuple[Path, ...], headers: list[_Header]) -> dict[str, GGUFTe
     if len(parts) > 1 and expected != len(tensors):
         raise QmicaError(f"{parts[0]} and its parts hold {len(tensors)} tensors, and {expected} are expected")
     return tensors
+
+
+def _check_tensors(opened: GGUFFile, adapter: bool) -> None:
+    """What llama.cpp believes, and ends the process over (ran): integers for weights, an alpha that is no number."""
+    wrong = next((name for name, tensor in opened.tensors.items() if tensor.type in _NO_WEIGHTS), None)
+    if wrong is not None:
+        kind = opened.tensors[wrong].type.name
+        raise QmicaError(f"{opened.path}: {wrong} holds {kind}, which no weight is: it is broken; download it again")
+    if not adapter:
+        return
+    alpha = opened.metadata.get("adapter.lora.alpha", 0.0)  # llama.cpp takes none for 0: the scale alone counts
+    if not isinstance(alpha, float) or not isfinite(alpha):
+        raise QmicaError(f"{opened.path} has adapter.lora.alpha = {alpha!r:.40}: it is broken; export it again")
+    wrong = next((name for name, tensor in opened.tensors.items() if ".lora_" in name and len(tensor.shape) != 2), None)
+    if wrong is not None:
+        raise QmicaError(f"{opened.path}: {wrong} is no matrix: it is broken; export it again")
+
+
+_NO_WEIGHTS = {kind for kind in GGMLQuantizationType if kind.name in ("I8", "I16", "I32", "I64", "F64")}
 
 
 def _check_sort(opened: GGUFFile, adapter: bool) -> None:

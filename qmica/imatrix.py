@@ -16,6 +16,7 @@ import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -110,7 +111,17 @@ def _read_gguf(path: Path) -> Importance:
     columns = {name: _means(path, name, sums[name], counts[name]) for name in sums}
     datasets, chunks = file.metadata.get("imatrix.datasets", []), file.metadata.get("imatrix.chunk_count", 0)
     named = tuple(str(text) for text in datasets) if isinstance(datasets, list) else ()
-    return Importance(path, columns, named, chunks if isinstance(chunks, int) else 0)
+    return Importance(path, columns, named, _chunks(path, chunks))
+
+
+def _chunks(path: Path, number: Any) -> int:
+    """A number of chunks: an int32 of llama-imatrix, which a GGUF made with it says as a uint32."""
+    if type(number) is int and 0 <= number < 1 << 31:
+        return number
+    raise QmicaError(
+        f"--imatrix {path} says it was measured on {repr(number)[:80]} chunks: a number from 0 to {(1 << 31) - 1} has "
+        "to stand there; make it again with llama-imatrix"
+    )
 
 
 def _means(path: Path, name: str, sums: GGUFTensor, counts: GGUFTensor) -> np.ndarray:
@@ -122,6 +133,8 @@ def _means(path: Path, name: str, sums: GGUFTensor, counts: GGUFTensor) -> np.nd
         )
     values, count = (tensor.raw().reshape(-1).view("<f4") for tensor in (sums, counts))
     count = np.rint(count[0])
+    if not 0 <= count < np.inf:  # nor NaN
+        raise QmicaError(f"--imatrix {path}: {name} was counted {count:g} times: make it again with llama-imatrix")
     return values / count if count > 0 else np.ones(len(values), np.float32)
 
 
@@ -136,15 +149,18 @@ def _read_legacy(path: Path) -> Importance:
             length = _integer(data, at)
             name = _slice(data, at + 4, length).decode("utf-8")
             calls, count = struct.unpack_from("<ii", data, at + 4 + length)
+            if calls < 0:
+                raise ValueError(f"{calls} calls at byte {at + 4 + length}")
             at += 12 + length
             values = np.frombuffer(_slice(data, at, 4 * count), "<f4")
             at += 4 * count
             columns[name] = values / np.float32(calls) if calls > 0 else values
-        return Importance(path, columns, *_trailer(data, at))
+        datasets, chunks = _trailer(data, at)
     except (struct.error, ValueError) as error:
         raise QmicaError(
             f"--imatrix {path} is no importance matrix: it is neither the GGUF nor the .dat of llama-imatrix"
         ) from error
+    return Importance(path, columns, datasets, _chunks(path, chunks))
 
 
 def _integer(data: bytes, at: int) -> int:

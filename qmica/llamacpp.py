@@ -570,6 +570,8 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.random.Generator) -> int:
+    if not np.isfinite(logits.max()):
+        raise QmicaError("the model answers with numbers that are none (NaN or infinite): the file is broken")
     if temperature <= 0:
         return int(logits.argmax())
     chances = np.exp(_log_softmax(logits[None] / temperature)[0])

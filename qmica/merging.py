@@ -130,6 +130,7 @@ def open_run(run: str | None, scale: float = 1.0) -> Opened:
     config = found.model_config(adapter.base)
     base = source.resolve(config["model"], config["revision"])
     weights = open_weights(base)
+    model.require_whole(model.on_meta(model.read_config(base), torch.float32), weights, base)
     check_adapter(adapter, weights, base)
     return Opened(found, adapter, base, weights, config["bits"])
 

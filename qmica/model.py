@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from qmica import allocator, architectures, quant, quantized, targets, unpacking
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
-from qmica.source import Headers, Source
+from qmica.source import Headers, Source, read_json
 from qmica.unpacking import Blocks
 from qmica.weights import Weights, fingerprint, gguf_config, headers_of, open_weights, own_blocks, shapes_fingerprint
 
@@ -41,6 +41,12 @@ class Base:
 
 
 GIVE_BACK_EVERY = 8_000_000  # bytes read
+
+# of a folder's config.json: what is for this machine to choose (an attention of a name that transformers does not know
+# is looked for on the hub, and run), and heads of other tasks, of any size
+NOT_OURS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "dtype", "torch_dtype"}
+NOT_OURS |= {"auto_map", "num_labels", "id2label", "label2id"}
+NOT_OURS |= {"quantization_config"}  # what bitsandbytes quantized is loaded by our walk, not by transformers
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -102,18 +108,21 @@ def read_config(source: Source) -> PretrainedConfig:
     unsupported family.
     """
     if source.kind == "gguf":
-        return AutoConfig.for_model(**gguf_config(GGUFFile.open(source.files[0])))
-    config_file = source.folder / "config.json"
-    if not config_file.exists():
+        file, said = source.files[0], gguf_config(GGUFFile.open(source.files[0]))
+    elif not (file := source.folder / "config.json").exists():
         raise QmicaError(
             f"{source.folder} has no config.json: a model folder holds config.json, *.safetensors and a tokenizer"
         )
+    else:
+        said = architectures.text_config(read_json(file))
+        architectures.for_config(said)
     try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-        config = config.get_text_config() if config.model_type in architectures.TEXT_PARTS else config
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        raise QmicaError(f"{config_file} cannot be used: {' '.join(str(error).split())}") from error
+        config = AutoConfig.for_model(**{name: value for name, value in said.items() if name not in NOT_OURS})
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise QmicaError(f"{file} cannot be used: {' '.join(str(error).split())}") from error
     architectures.for_config(config)
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        config.pad_token_id = None  # an embedding would take it for a row
     return config
 
 
@@ -136,12 +145,10 @@ def load(
     require_stream(stream, chosen)
     compute = choose_dtype(dtype, chosen)
     config = read_config(source)
-    config.quantization_config = None  # what bitsandbytes quantized is loaded by this walk, not by transformers
-    del config.quantization_config
     model = on_meta(config, compute)
     weights = open_weights(source)
     require_blocks(bits, headers_of(source, weights))
-    _check_names(model, weights, source)
+    require_whole(model, weights, source)
     mark, generation = fingerprint(weights), _generation_config(source, config)
     held, kept = _held(model, bits), None
     if quantized.needed(weights, held):
@@ -204,9 +211,9 @@ def _held(model: nn.Module, bits: quant.Bits) -> dict[str, quant.Bits]:
     return held
 
 
-def _check_names(model: nn.Module, weights: Weights, source: Source) -> None:
-    """Every expected tensor is there with the shape that the config implies. Raises QmicaError naming up to three
-    that are not.
+def require_whole(model: nn.Module, weights: Weights, source: Source) -> None:
+    """Every expected tensor is there with the shape that the config implies, and no other one, which would mean a model
+    of another config. Raises QmicaError naming up to three that are not.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     expected = sorted(_expected(model))
@@ -217,6 +224,12 @@ def _check_names(model: nn.Module, weights: Weights, source: Source) -> None:
         for name in expected
         if name in found and tuple(found[name]) != shapes[name]
     ]
+    extra = [name for name in found if name not in shapes and not name.endswith(".rotary_emb.inv_freq")]
+    if extra and not missing and not wrong:
+        raise QmicaError(
+            f"{source.name} has {len(extra)} tensors that its config.json says nothing of ({', '.join(extra[:3])}): "
+            "it is another model; download it again"
+        )
     if missing or wrong:
         problems = [f"{len(missing)} tensors are missing ({', '.join(missing[:3])})"] if missing else []
         raise QmicaError(f"{source.name} is not a whole model: {'; '.join(problems + wrong[:3])}")
@@ -292,5 +305,9 @@ def _fill_embedding(module: nn.Embedding, weight: torch.Tensor, compute: torch.d
 def _generation_config(source: Source, config: PretrainedConfig) -> GenerationConfig:
     """The folder's generation_config.json, else what the config says of its special tokens."""
     if source.kind != "gguf" and (source.folder / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+        file = source.folder / "generation_config.json"
+        try:
+            return GenerationConfig.from_dict(read_json(file))
+        except (ValueError, TypeError) as error:
+            raise QmicaError(f"{file} cannot be used: {' '.join(str(error).split())}; correct or remove it") from error
     return GenerationConfig.from_model_config(config)

@@ -22,6 +22,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from qmica import data, source, tokenizer
+from qmica.errors import QmicaError
 
 MOST_CONTEXT = 8192  # tokens: the cache of a 7B model with 32 key-value heads takes 0.5 MB each
 PLAIN = "{{ .Prompt }}"  # a base model: the text is gone on with
@@ -125,7 +126,10 @@ class Turns:
     @property
     def writable(self) -> bool:
         """Whether a Modelfile and a Go template can hold all its pieces."""
-        return not any(mark in piece for piece in _texts(astuple(self)) for mark in ('"""', "{{"))
+        if any(mark in piece for piece in _texts(astuple(self)) for mark in ('"""', "{{")):
+            return False
+        whole = self.template()  # where two pieces meet, or a piece and an action
+        return '"""' not in whole and "{{{" not in whole
 
 
 def _when(condition: str, text: str) -> str:
@@ -167,7 +171,7 @@ def recognize(tokens, stops: Iterable[str] = (), template: str | None = None) ->
 
     try:
         return _checked(rendered, bos, [stop for stop in stops if stop])
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    except data.TEMPLATE_ERRORS:
         return None  # a template is a program: Cohere's for tools cannot be rendered without tools, a TypeError
 
 
@@ -271,28 +275,53 @@ def modelfile(
 ) -> tuple[str, list[str]]:
     """The text of a Modelfile, and what there is to say about it, a line each.
 
-    model, adapter: paths as FROM and ADAPTER take them, relative to the Modelfile or absolute. tokens: the model's
-    tokenizer. context: the tokens that the model was made for. generation: generation_config.json. chats: whether a
-    model without a chat template was taught chats, in the form that `data` gives them. notes: comments.
+    model, adapter: paths as FROM and ADAPTER take them, relative to the Modelfile or absolute; QmicaError for one that
+    a line cannot hold. tokens: the model's tokenizer. context: the tokens that the model was made for. generation:
+    generation_config.json. chats: whether a model without a chat template was taught chats, in the form that `data`
+    gives them. notes: comments.
     """
     generation = dict(generation or {})
     stops = stop_texts(tokens, generation)
+    held = [stop for stop in stops if _quotable(stop)]
     turns, said = None, []
     if chat := bool(tokens.chat_template) or chats:
         jinja = data.chat_template(tokens)
         turns = recognize(tokens, stops, jinja)
         said = _remarks(jinja, turns)
     template = turns and turns.template() if chat else PLAIN
-    lines = [*(f"# {note}" for note in notes), f"FROM {model}"]
-    lines += [f"ADAPTER {adapter}"] if adapter else []
+    odd = [stop for stop in stops if stop not in held]
+    said += [f"the stop text {repr(stop)[:80]} cannot stand in a Modelfile: it is left out" for stop in odd]
+    lines = [*(f"# {' '.join(note.split())}" for note in notes), f"FROM {_path(model)}"]
+    lines += [f"ADAPTER {_path(adapter)}"] if adapter else []
     lines += [f'TEMPLATE """{template}"""'] if template else []
     lines += [f'SYSTEM """{turns.default}"""'] if turns and turns.default else []
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines += [f'PARAMETER stop "{stop}"' for stop in held]
     lines += [f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}"]
     sampled = generation.get("do_sample", False)
-    chosen = {SAMPLING[key]: value for key, value in generation.items() if key in SAMPLING and value is not None}
+    chosen = {SAMPLING[key]: value for key, value in generation.items() if key in SAMPLING and _is_number(value)}
     lines += [f"PARAMETER {key} {value:g}" for key, value in chosen.items()] if sampled else []
     return "\n".join(lines) + "\n", said
+
+
+def _quotable(text: str) -> bool:
+    """Whether a text between quotes is one value for Ollama, and stops anything.
+
+    A quote at a line's end would close it, and what follows would be commands; two at its start would open a text of
+    three quotes; an empty text is in every answer, and half a character of UTF-8 in none.
+    """
+    closes = '"' in text and re.search(r"[\r\n]", text)
+    return not (closes or text in ("", '"') or text.startswith('""') or "\ufffd" in text)
+
+
+def _path(path: str) -> str:
+    if re.search(r"[\r\n]", path) or path.startswith('"'):
+        raise QmicaError(f"{path!r} cannot stand in a Modelfile (quotes, or more than a line): rename it")
+    return path
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a finite number that needs no exponent, which Ollama's whole numbers do not take."""
+    return type(value) in (int, float) and abs(value) < 1e6
 
 
 def generation_settings(base: source.Source) -> dict:
@@ -303,9 +332,16 @@ def generation_settings(base: source.Source) -> dict:
 
 def stop_texts(tokens, generation: Mapping | None = None) -> list[str]:
     """The text of every token that ends a turn or a text, by id."""
-    own = (generation or {}).get("eos_token_id")
-    ids = tokenizer.end_of_turn_ids(tokens) | set(own if isinstance(own, list) else [own]) - {None}
-    return [text for id in sorted(ids) if (text := tokens.convert_ids_to_tokens(id)) is not None]
+    ids = tokenizer.end_of_turn_ids(tokens) | {*tokenizer.known_ids((generation or {}).get("eos_token_id"))}
+    return [text for id in sorted(ids) if (text := _written(tokens, id)) is not None]
+
+
+def _written(tokens, id: int) -> str | None:
+    """What stands in an answer where a token was generated; None where there is no such token."""
+    text = tokens.convert_ids_to_tokens(id)
+    if text is None or id in tokens.added_tokens_decoder:
+        return text
+    return tokens.decode([id])  # Ċ is how a byte-level vocabulary writes a newline
 
 
 def _remarks(jinja: str, turns: Turns | None) -> list[str]:

@@ -28,6 +28,7 @@ from qmica.errors import QmicaError
 U32, F32, STRING = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
 Row = tuple[str, GGUFValueType, Any]  # key after `{architecture}.`, type, value
 Rope = dict[str, Any]
+LARGEST = float(np.finfo(np.float32).max)
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -49,7 +50,7 @@ def shortest_float(value: Any) -> float:
 
     Raises QmicaError for what is no finite number.
     """
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise QmicaError(f"the GGUF has {value!r:.40} where a number belongs: it is broken; download it again")
     return float(str(np.float32(value)))
 
@@ -115,7 +116,7 @@ def read(keys: Mapping[str, Any], tensors: Mapping[str, np.ndarray], frame: Fram
     """rope_parameters from the GGUF's keys (after `{architecture}.rope.`) and tensors. QmicaError for numbers that are
     none, and for factors that no type explains.
     """
-    theta = number(keys, "freq_base", 10000.0)
+    theta = number(keys, "freq_base", 10000.0, above=1)
     if FREQS in tensors:
         return recover_llama3(np.asarray(tensors[FREQS], np.float64), theta, frame.dims)
     if LONG in tensors:
@@ -129,10 +130,10 @@ def read(keys: Mapping[str, Any], tensors: Mapping[str, np.ndarray], frame: Fram
     return rope | _read_yarn(keys, factor, frame) if kind == "yarn" else rope
 
 
-def number(keys: Mapping[str, Any], key: str, default: float) -> float:
-    """A number above 0 of the GGUF's."""
+def number(keys: Mapping[str, Any], key: str, default: float, above: float = 0) -> float:
+    """A number of the GGUF's, above a bound (at 1 a logarithm of it is 0, and what is divided by that infinite)."""
     value = shortest_float(keys.get(key, default))
-    if value <= 0:
+    if value <= above:
         raise QmicaError(f"the GGUF has rope.{key} = {value:g}: it is broken; download it again")
     return value
 
@@ -156,7 +157,7 @@ def yarn_attention(factor: float) -> float:
 
 
 def _read_yarn(keys: Mapping[str, Any], factor: float, frame: Frame) -> Rope:
-    original = int(number(keys, "scaling.original_context_length", frame.context))
+    original = int(number(keys, "scaling.original_context_length", frame.context, above=1))
     rope = {"original_max_position_embeddings": original}
     # llama.cpp multiplies its own 0.1 ln(factor) + 1 by attn_factor; transformers' attention_factor replaces it
     multiplier = number(keys, "scaling.attn_factor", 1.0)
@@ -266,7 +267,7 @@ def _read_longrope(keys: Mapping[str, Any], tensors: Mapping[str, np.ndarray], f
         raise QmicaError(
             f"the GGUF's {LONG} and {SHORT} must both hold {frame.dims // 2} numbers: it is broken; download it again"
         )
-    original = int(number(keys, "scaling.original_context_length", frame.context))
+    original = int(number(keys, "scaling.original_context_length", frame.context, above=1))
     factor = frame.context / original
     rope = {
         "original_max_position_embeddings": original,

@@ -81,6 +81,9 @@ class Run:
         if flags is None:
             return {"model": base.id, "revision": base.revision, "bits": base.bits or 4}
         names = {field.name for field in fields(ModelConfig)}
+        missing = [name for name in ("model", "revision", "bits") if name not in flags]
+        if missing:
+            raise QmicaError(f"{self.folder / _CONFIG} is damaged: its flags lack {', '.join(missing)}")
         return {name: value for name, value in flags.items() if name in names}
 
     def write_config(self, config: Mapping) -> None:
@@ -162,7 +165,7 @@ def _read(path: Path) -> dict:
     """A JSON object. Raises QmicaError for a damaged file."""
     try:
         return _object(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QmicaError(f"{path} is damaged: {error}") from error
 
 

@@ -15,7 +15,8 @@ the space after them only where llama.cpp sees from `general.name` that it is Ph
 Given up: kinds of vocabulary other than byte-level BPE ("gpt2") and SentencePiece BPE ("llama"); what a folder's added
 tokens say of the space before them (lstrip), which a GGUF cannot; the 4,382 letters and digits that came with Unicode
 16 (Garay, more hieroglyphs), which llama.cpp's tables do not have; and after Phi-3's special tokens the spaces beyond
-ASCII, which `tokenizers` swallows and llama.cpp does not.
+ASCII, which `tokenizers` swallows and llama.cpp does not. What would change ids without a word is refused on export:
+dropout, pieces with a prefix or suffix, tokens that are whole words only, others than BOS and EOS around a text.
 
 Sources: llama.cpp src/llama-vocab.cpp (regexes, defaults, control and end-of-generation tokens), src/unicode.cpp (how
 it approximates), conversion/base.py (token types, padding); sentencepiece's model.
@@ -24,7 +25,7 @@ it approximates), conversion/base.py (token types, padding); sentencepiece's mod
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = map(
     int,
     (TokenType.NORMAL, TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED, TokenType.BYTE),
 )
+
+MOST_TOKENS = 1 << 20  # four times Gemma's: an id beyond would make a list of so many tokens first
 
 # ------------------------------------------------------------------------------------------------------ pre-tokenizers
 
@@ -143,7 +146,7 @@ def _named(name: Any) -> PreTokenizer:
             "made by an old converter; use a newer GGUF or the Hugging Face folder of this model"
         )
     raise QmicaError(
-        f"the GGUF's tokenizer.ggml.pre is {name!r}, which qmica does not know; known are {known}; "
+        f"the GGUF's tokenizer.ggml.pre is {repr(name)[:80]}, which qmica does not know; known are {known}; "
         "use the Hugging Face folder of this model"
     )
 
@@ -212,10 +215,25 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
 def _read(kind: type, folder: Path) -> PreTrainedTokenizerFast:
     try:
-        return kind.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
-    except Exception as error:  # `tokenizers` raises bare Exception for a broken file
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
+    except BaseException as error:  # `tokenizers` raises bare Exception for a broken file, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of pyo3, no Exception
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise QmicaError(f"the tokenizer in {folder} cannot be read ({reason}); download it again") from error
+    tokenizer.chat_template = _templates(tokenizer.chat_template)
+    return tokenizer
+
+
+def _templates(found: Any) -> str | dict[str, str] | None:
+    """A chat template, or several by name with a default, as a tokenizer's files have them; None for anything else."""
+    if isinstance(found, list):
+        rows = [row for row in found if isinstance(row, dict) and isinstance(row.get("name"), str)]
+        found = {row["name"]: row.get("template") for row in rows}
+    if isinstance(found, dict):
+        texts = {name: text for name, text in found.items() if isinstance(text, str)}
+        return texts if "default" in texts else None
+    return found if isinstance(found, str) else None
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -229,10 +247,10 @@ def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 def _described(metadata: Mapping[str, Any], swallows: Callable[[str], bool]) -> PreTrainedTokenizerFast:
     """from_gguf's; swallows: whether white space after this added token is dropped."""
     kind = metadata.get("tokenizer.ggml.model")
-    if kind not in _BACKENDS:
+    if not isinstance(kind, str) or kind not in _BACKENDS:
         raise QmicaError(
-            f"the GGUF's tokenizer is of kind {kind!r}; qmica knows {' and '.join(map(repr, _BACKENDS))}: use another "
-            "model, or its Hugging Face folder"
+            f"the GGUF's tokenizer is of kind {repr(kind)[:80]}; qmica knows {' and '.join(map(repr, _BACKENDS))}: "
+            "use another model, or its Hugging Face folder"
         )
     tokens, types = _vocabulary(metadata)
     backend, defaults = _BACKENDS[kind](metadata, tokens, types)
@@ -262,6 +280,11 @@ def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     tokens = _array(metadata, "tokens", str, bytes)
     if not tokens:
         raise QmicaError("the GGUF has no vocabulary (tokenizer.ggml.tokens): use a complete GGUF of this model")
+    if len(tokens) > MOST_TOKENS:
+        raise QmicaError(
+            f"the GGUF's vocabulary has {len(tokens):,} tokens, and qmica takes up to {MOST_TOKENS:,}: no real one has "
+            "more; download it again"
+        )
     # as llama.cpp names empty tokens; bytes that are no UTF-8 can never be typed, but must stay distinct
     tokens = [t.decode("utf-8", "backslashreplace") if isinstance(t, bytes) else t for t in tokens]
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
@@ -425,12 +448,27 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
 
 def _added_tokens(folder: Path) -> dict[int, AddedToken]:
     """What lies beside a tokenizer.model: the tokens that tokenizer_config.json and added_tokens.json add to it."""
-    rows = _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    added = {
-        int(i): AddedToken(row["content"], special=bool(row.get("special")), rstrip=bool(row.get("rstrip")))
-        for i, row in rows.items()
-    }
-    return {i: AddedToken(text) for text, i in _json(folder / "added_tokens.json").items()} | added
+    config, more = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    rows = _json(config).get("added_tokens_decoder") or {}
+    if not isinstance(rows, dict):
+        raise QmicaError(f"{config}: added_tokens_decoder is a {type(rows).__name__}, not an object; download it again")
+    added = {id: AddedToken(text) for text, id in _json(more).items() if _is_added(more, text, id)}
+    for key, row in rows.items():
+        row = row if isinstance(row, dict) else {}
+        id, text = int(key) if re.fullmatch("[0-9]{1,9}", key) else key, row.get("content")
+        if _is_added(config, text, id):
+            added[id] = AddedToken(text, special=bool(row.get("special")), rstrip=bool(row.get("rstrip")))
+    return added
+
+
+def _is_added(path: Path, text: Any, id: Any) -> bool:
+    """True; QmicaError where it is no text with an id that a vocabulary can have."""
+    if type(id) is int and 0 <= id < MOST_TOKENS and isinstance(text, str):
+        return True
+    raise QmicaError(
+        f"{path}: the added token {repr(text)[:80]} has the id {repr(id)[:80]}; it has to be a text with an id from 0 "
+        f"to {MOST_TOKENS - 1}: download the file again"
+    )
 
 
 def _sentencepiece_metadata(model: Any, added: Mapping[int, AddedToken], folder: Path) -> dict[str, Any]:
@@ -462,11 +500,17 @@ def _sentencepiece_metadata(model: Any, added: Mapping[int, AddedToken], folder:
         named = config.get(f"{role}_token") or ""
         named = named.get("content") if isinstance(named, dict) else named
         metadata[f"tokenizer.ggml.{SPECIAL_IDS[role]}_token_id"] = tokens.index(named) if named in tokens else own
-    template = folder / "chat_template.jinja"
-    template = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {row["name"]: row["template"] for row in template}.get("default")
-    return metadata | ({CHAT_TEMPLATE: template} if isinstance(template, str) else {})
+    path = folder / "chat_template.jinja"
+    template = _templates(_utf8(path) if path.is_file() else config.get("chat_template"))
+    template = template["default"] if isinstance(template, dict) else template
+    return metadata | ({CHAT_TEMPLATE: template} if template is not None else {})
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QmicaError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
 
 
 def _pieces(proto: bytes) -> list[tuple[str, float, int]]:
@@ -559,11 +603,16 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast, generation_config: Any =
     Every one of them is a training target at the end of an assistant turn, and stops a generation.
     """
     added = tokenizer.get_added_vocab()
-    own = getattr(generation_config, "eos_token_id", None)
-    own = [*own] if isinstance(own, Iterable) else [own]
+    own = known_ids(getattr(generation_config, "eos_token_id", None))
     named = (getattr(tokenizer, f"{role}_token", None) for role in ("eot", "eom"))
     ids = {added.get(text) for text in (*named, *END_OF_TURN, *_FILL_IN_ENDS)}
     return (ids | {tokenizer.eos_token_id, *own}) - {None}
+
+
+def known_ids(eos_token_id: Any) -> list[int]:
+    """The ids in a generation config's eos_token_id: one, several, or whatever stands there that is none."""
+    given = eos_token_id if isinstance(eos_token_id, (list, tuple, set)) else [eos_token_id]
+    return [id for id in given if type(id) is int and 0 <= id < MOST_TOKENS]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -588,6 +637,7 @@ def gguf_metadata(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[E
         raise QmicaError(
             f"the tokenizer is of kind {state['model']['type']}; a GGUF of qmica's families can express BPE only"
         )
+    _refuse_unsayable(tokenizer, state)
     tokens, types = _padded(tokenizer, state, vocab_size)
     if not state["model"].get("byte_fallback"):
         return _describe_byte_level(tokenizer, state, tokens, types) + _special_entries(tokenizer)
@@ -635,6 +685,33 @@ def _describe_sentencepiece(tokenizer, state: Mapping, tokens: list[str], types:
         ("tokenizer.ggml.scores", _ARRAY, scores, GGUFValueType.FLOAT32),
         ("tokenizer.ggml.token_type", _ARRAY, types, GGUFValueType.INT32),
         ("tokenizer.ggml.add_space_prefix", _BOOL, first.startswith("▁"), None),
+    ]
+
+
+def _refuse_unsayable(tokenizer, state: Mapping) -> None:
+    """QmicaError for what no key of GGUF holds, so that llama.cpp would give other ids without a word."""
+    model, added = state["model"], state["added_tokens"]
+    wrong = [f"model.{key} is {repr(model[key])[:80]}" for key in _UNSAYABLE if model.get(key)]
+    wrong += [f"the added token {row['content']!r} is single_word" for row in added if row.get("single_word")]
+    wrong = wrong or _put_around(tokenizer)  # dropout would make any ids of these
+    if wrong:
+        raise QmicaError(
+            f"{wrong[0]} in this model's tokenizer, which a GGUF cannot express: this model cannot be exported"
+        )
+
+
+_UNSAYABLE = ("dropout", "end_of_word_suffix", "continuing_subword_prefix")
+
+
+def _put_around(tokenizer) -> list[str]:
+    """What a tokenizer puts before a text beside BOS, and behind it beside EOS."""
+    alone, whole = tokenizer("x", add_special_tokens=False).input_ids, tokenizer("x").input_ids
+    at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), len(whole))
+    sides = ("before", whole[:at], tokenizer.bos_token_id), ("behind", whole[at + len(alone) :], tokenizer.eos_token_id)
+    return [
+        f"{' '.join(map(str, tokenizer.convert_ids_to_tokens(ids[:5])))!r} (ids {ids[:5]}) is put {side} every text"
+        for side, ids, own in sides
+        if ids not in ([], [own])
     ]
 
 
@@ -693,6 +770,6 @@ def _special_entries(tokenizer) -> list[Entry]:
     text = tokenizer("x").input_ids  # what the tokenizer does, whatever flags or post-processor make it do so
     entries += [("tokenizer.ggml.add_bos_token", _BOOL, text[:1] == [ids["bos"]], None)]
     entries += [("tokenizer.ggml.add_eos_token", _BOOL, text[-1:] == [ids["eos"]], None)]
-    template = tokenizer.chat_template
-    template = template.get("default") if isinstance(template, dict) else template
+    template = _templates(tokenizer.chat_template)
+    template = template["default"] if isinstance(template, dict) else template
     return entries + ([(CHAT_TEMPLATE, _STRING, template, None)] if template else [])

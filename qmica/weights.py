@@ -58,6 +58,15 @@ _NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absm
 _NF4_STATE = "weight.quant_state.bitsandbytes__"
 _INT8_PARTS = ("weight", "SCB")
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what a weight is stored in that is not packed
+# what bitsandbytes takes, in each of these: names of dtypes, weights a scale, tensors that carry the codes of 4 bits
+_COMPUTE = ("float32", "float16", "bfloat16")
+_BLOCKSIZES = tuple(1 << power for power in range(6, 13))
+_CARRIERS = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)
+_STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
+_NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+Layout = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # part: (shape, any of these dtypes)
+
 
 @dataclass(frozen=True)
 class LazyTensor:
@@ -193,7 +202,7 @@ class Weights(Mapping[str, LazyTensor]):
         stored, parts = self[name].shape, self.packed.get(name, _INT8_PARTS)
         if parts == _INT8_PARTS:
             return stored
-        return tuple(_quant_state(self[_beside(name, parts[-1])], name)["shape"])
+        return tuple(_quant_state(self, name, parts)["shape"])
 
 
 def _beside(name: str, part: str) -> str:
@@ -211,7 +220,9 @@ def _together(name: str, parts: tuple[str, ...]) -> list[str]:
 
 
 def open_weights(source: Source) -> Weights:
-    """The weights of a resolved source; only headers are read. Raises QmicaError naming the file that is broken."""
+    """The weights of a resolved source; only headers, and the descriptions of packed weights, are read. Raises
+    QmicaError naming the file or the tensor that is broken.
+    """
     return _open_gguf(source) if source.kind == "gguf" else _open_safetensors(source)
 
 
@@ -227,7 +238,10 @@ def _open_safetensors(source: Source) -> Weights:
         if both := tensors.keys() & found.keys():
             raise QmicaError(f"{file} holds {min(both)} again: its folder mixes two models; copy or download it again")
         tensors.update(found)
-    return Weights(tensors, source.config, find_packed(tensors, source), maps=maps)
+    packed = find_packed(tensors, source)
+    _require_layouts(tensors, packed, source)
+    _require_floats(tensors, packed, source)
+    return Weights(tensors, source.config, packed, maps=maps)
 
 
 def _read_header(file: Path) -> tuple[dict[str, LazyTensor], Map | None]:
@@ -311,14 +325,94 @@ def find_packed(tensors: Collection[str], source: Source) -> dict[str, tuple[str
     return packed
 
 
-def _quant_state(state: LazyTensor, name: str) -> dict:
-    """bitsandbytes' description of one packed weight: JSON as uint8 (functional.py, QuantState.as_dict)."""
+def _require_layouts(tensors: Mapping[str, LazyTensor], packed: Mapping[str, tuple[str, ...]], source: Source) -> None:
+    """QmicaError for a part of a packed weight that is not what the weight needs. bitsandbytes' kernels take pointers:
+    what is too short is not refused by them, they read whatever lies behind it.
+    """
+    for name, parts in packed.items():
+        if name.endswith("embed_tokens.weight"):  # would be looked up as if its codes were numbers
+            raise QmicaError(f"{source.folder}: {name} is packed, which linears alone can be: {_ANOTHER}")
+        layout = _int8_layout(tensors[name]) if parts == _INT8_PARTS else _4bit_layout(tensors, name, parts)
+        for part, (shape, dtypes) in layout.items():
+            one = _beside(name, part)
+            if one not in tensors:
+                raise QmicaError(f"{source.folder} is incomplete: {one} is missing; copy or download it again")
+            found = tensors[one]
+            if found.shape != shape or found.dtype not in dtypes:
+                seen, due = (
+                    f"{_DTYPE_NAMES[kind]} {of}" for kind, of in ((found.dtype, found.shape), (dtypes[0], shape))
+                )
+                raise QmicaError(f"{source.folder}: {one} is {seen}, its weight needs {due}: copy or download it again")
+
+
+_ANOTHER = "give its 16-bit original, a bitsandbytes checkpoint or a GGUF"
+
+
+def _int8_layout(weight: LazyTensor) -> Layout:
+    shape = weight.shape if len(weight.shape) == 2 else (1, 1)
+    return {"weight": (shape, (torch.int8,)), "SCB": (shape[:1], FLOATS[1:])}
+
+
+def _4bit_layout(tensors: Mapping[str, LazyTensor], name: str, parts: tuple[str, ...]) -> Layout:
+    """As functional.py's quantize_4bit makes them, with any size of block; the codes may be carried by wider types."""
+    state, weight = _quant_state(tensors, name, parts), tensors[name]
+    count = math.prod(state["shape"])
+    blocks = -(-count // state["blocksize"])
+    carrier = weight.dtype if weight.dtype in _CARRIERS else torch.uint8
+    layout: Layout = {
+        "weight": ((-(-count // (2 * carrier.itemsize)), 1), (carrier,)),
+        "weight.absmax": ((blocks,), (torch.float32,)),
+        "weight.quant_map": ((16,), (torch.float32,)),
+    }
+    if "nested_blocksize" in state:
+        layout["weight.absmax"] = ((blocks,), (torch.uint8,))
+        layout["weight.nested_absmax"] = ((-(-blocks // state["nested_blocksize"]),), (torch.float32,))
+        layout["weight.nested_quant_map"] = ((256,), (torch.float32,))
+    return layout
+
+
+def _quant_state(tensors: Mapping[str, LazyTensor], name: str, parts: tuple[str, ...]) -> dict:
+    """bitsandbytes' description of one weight packed in 4 bits: JSON as uint8 (functional.py, QuantState.as_dict)."""
+    state = tensors[_beside(name, parts[-1])]
     try:
+        if state.dtype != torch.uint8 or len(state.shape) != 1:
+            raise ValueError(f"it is {_DTYPE_NAMES[state.dtype]} {state.shape}, not a row of bytes")
         said = json.loads(bytes(state.load().tolist()))
-        return {**said, "shape": [int(side) for side in said["shape"]]}
-    except (ValueError, TypeError, KeyError) as error:
+        said = {**said, "shape": [int(side) for side in said["shape"]]}
+        _require_state(said, parts)
+        return said
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         said = f"the quantization state of {name} is damaged ({_one_line(error)}): copy or download it again"
         raise QmicaError(said) from error
+
+
+def _require_state(said: Mapping, parts: tuple[str, ...]) -> None:
+    """ValueError or KeyError for what bitsandbytes would pass on to its kernels, or look up in torch, unasked."""
+    nested = "weight.nested_absmax" in parts or not _NESTED_KEYS.isdisjoint(said)
+    allowed: dict[str, tuple] = {"quant_type": (parts[-1].removeprefix(_NF4_STATE),)}
+    allowed |= {"blocksize": _BLOCKSIZES, "dtype": _COMPUTE}
+    if nested:
+        allowed |= {"nested_blocksize": _BLOCKSIZES, "nested_dtype": _COMPUTE}
+        if not math.isfinite(float(said["nested_offset"])):
+            raise ValueError(f"nested_offset is {said['nested_offset']}")
+    for key, values in allowed.items():
+        if said[key] not in values or isinstance(said[key], float):
+            raise ValueError(f"{key} is {said[key]!r}, not {' or '.join(map(str, values))}")
+    if said["quant_type"] not in ("nf4", "fp4"):
+        raise ValueError(f"quant_type is {said['quant_type']!r}, not nf4 or fp4")
+    if len(said["shape"]) != 2 or min(said["shape"]) < 1:
+        raise ValueError(f"shape is {said['shape']}, not that of a matrix")
+    if unknown := said.keys() - _STATE_KEYS - _NESTED_KEYS:  # bitsandbytes would take a tensor's name for the tensor
+        raise ValueError(f"{min(unknown)} is unknown")
+
+
+def _require_floats(tensors: Mapping[str, LazyTensor], packed: Mapping[str, tuple[str, ...]], source: Source) -> None:
+    """QmicaError for a weight or bias of codes (int8, float8, ...) whose scales, wherever they are, nobody applies."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and name.endswith((".weight", ".bias")) and name not in packed:
+            raise QmicaError(
+                f"{source.folder}: {name} is {_DTYPE_NAMES[tensor.dtype]}, not numbers of 16 bits or more: {_ANOTHER}"
+            )
 
 
 # ---- GGUF

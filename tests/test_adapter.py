@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from adapted import make_peft_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
@@ -756,3 +757,23 @@ def names_in(folder):
 def test_other_processes_write_nothing(base, tmp_path):
     attached(base, 4).save_pretrained(tmp_path / "other", is_main_process=False, state_dict={}, max_shard_size="1GB")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "half, data, text",
+    [
+        ("A", torch.ones(64), r"has an A of \(64,\) and a B of"),
+        ("A", torch.ones(8, 64), r"has an A of \(8, 64\) and a B of .*, and its config says rank 4"),
+        ("B", torch.ones(128, 8), "has an A of .* and its config says rank 4"),
+        ("B", torch.full((128, 4), torch.nan), r"holds what is no number \(NaN or infinite\)"),
+        ("A", torch.ones(4, 64, dtype=torch.int32), "holds what is no number"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(tmp_path, half, data, text):
+    """A rank of the config's other than the tensors' would scale what was learnt."""
+    folder = make_peft_adapter(tmp_path / "a", "base", {"model.layers.0.self_attn.q_proj": (128, 64)})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{half}.weight"] = data
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(QmicaError, match=text):
+        adapter.read_adapter(folder)

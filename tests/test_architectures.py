@@ -318,6 +318,32 @@ def test_configs_of_transformers_4_are_read(name):
     assert arch.metadata({**base, **old}) == arch.metadata(type(config)(**theirs))
 
 
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"num_hidden_layers": 3 * 10**8}, "num_hidden_layers = 300000000, which no smollm3 model has"),
+        ({"hidden_size": "64"}, "hidden_size = '64', which no"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0, which no"),
+        ({"max_position_embeddings": 10**10}, "max_position_embeddings = 10000000000, which no"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps = inf, which no"),
+        ({"rope_parameters": [1]}, r"rope_parameters = \[1\]: it is broken"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "rope parameters are not complete"),
+        ({"layer_types": 5}, "sliding-window layers other than"),
+        ({"model_type": 5}, "config.json has no model_type"),
+    ],
+)
+def test_hostile_configs_are_refused(change, text):
+    with pytest.raises(QmicaError, match=text):
+        for_config(tiny.tiny_config("smollm3").to_dict() | change)
+
+
+def test_special_tokens_are_tokens():
+    said = {"bos_token_id": "x", "eos_token_id": 99999, "padding_token_id": 3}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in said.items()}
+    expected = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 3}
+    assert architectures.special_token_ids(metadata, 448) == expected
+
+
 @pytest.mark.parametrize("attribute", ["attn_logit_softcapping", "final_logit_softcapping", "sliding_window"])
 def test_null_is_not_the_default(attribute):
     """transformers computes no cap then, and llama.cpp's graph always has one."""
@@ -441,6 +467,24 @@ def test_other_ggufs_are_refused_by_name(name, text):
         ({}, {"blk.0.attn_q_norm.weight": (32,)}, "tensors that a llama model does not have: blk.0.attn_q_norm.weight"),
         ({}, {"blk.1.ffn_down.weight": None}, "lacks 1 tensors .* blk.1.ffn_down.weight first"),
         ({}, {"token_embd.weight": None}, "no weights of a language model"),
+        (
+            {"block_count": 1},
+            {},
+            "has [0-9]+ tensors that a llama model with 1 layers does not have, blk.1.\\S+ first",
+        ),
+        ({}, {"blk.1.attn_q.bias": (128,)}, "has 1 tensors .* blk.1.attn_q.bias first"),
+        ({"feed_forward_length": 999}, {}, r"blk.0.ffn_down.weight is \(64, 96\), and its header says \(64, 999\)"),
+        ({"embedding_length": 2**31}, {}, r"token_embd.weight is \(448, 64\), and its header says \(448, 2147483648\)"),
+        ({"embedding_length": 2**62}, {}, "embedding_length = 4611686018427387904: it is broken"),
+        (
+            {"attention.key_length": 2**26, "attention.value_length": 2**26},
+            {},
+            "blk.0.attn_output.weight is .*268435456",
+        ),
+        ({"attention.head_count_kv": 3}, {"blk.0.attn_k.weight": (96, 64)}, "4 heads for 3 of keys, of 32 numbers"),
+        ({"attention.head_count": []}, {}, "attention.head_count differs from layer to layer"),
+        ({"attention.layer_norm_rms_epsilon": 1e300}, {}, "1e.300 where a number belongs"),
+        ({"rope.freq_base": 1.0}, {}, "rope.freq_base = 1: it is broken"),
     ],
 )
 def test_ggufs_that_do_not_fit_are_refused(keys, tensors, text):
@@ -478,6 +522,8 @@ FREQUENCIES = {"rope_factors_long.weight": np.ones(8), "rope_factors_short.weigh
         ("phi3", {}, {"rope_factors_long.weight": np.ones(8)}, "must both hold 8 numbers"),
         ("phi3", {}, FREQUENCIES | {"rope_factors_short.weight": np.ones(3)}, "must both hold 8 numbers"),
         ("phi3", {"rope.dimension_count": 0}, {}, "rotates 0 of 16 dimensions"),
+        ("phi3", {"attention.head_count_kv": 4}, {}, "blk.0.attn_qkv.weight is .* header says .192, 64"),
+        ("phi3", {"rope.scaling.original_context_length": 1}, FREQUENCIES, "original_context_length = 1: it is broken"),
         ("phi3", {"rope.dimension_count": 10**12}, {}, "rotates 1000000000000 of 16 dimensions"),
         ("phi3", {"rope.dimension_count": "x"}, {}, "rotates x of 16 dimensions"),
         ("phi3", {"rope.scaling.original_context_length": 0}, FREQUENCIES, "original_context_length = 0: it is broken"),

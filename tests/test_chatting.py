@@ -264,7 +264,7 @@ def test_errors_of_one_line(run, base_gguf, adapter_gguf, tmp_path, monkeypatch)
             r"--scale 0\.5 is for a run, or for --adapter: what is merged into .*base",
         ),
         (str(base_gguf), changed(adapter=tmp_path / "no.gguf"), r"no\.gguf is not a file: give the path of an adapter"),
-        (str(base_gguf), changed(adapter=base_gguf), r"llama\.cpp cannot put the adapter .* on this model"),
+        (str(base_gguf), changed(adapter=base_gguf), r"base\.gguf is not an adapter GGUF .general\.type is 'model'"),
         (str(adapter_gguf), GREEDY, r"a\.gguf is an adapter, not a model; give the GGUF of its base model"),
     ):
         with pytest.raises(QmicaError, match=text) as error:

@@ -279,6 +279,29 @@ def test_a_template_that_refuses_names_the_record():
     )
 
 
+BROKEN = {
+    "{{ 1 // 0 }}": "integer division or modulo by zero",
+    "{{ 1 + 'a' }}": "unsupported operand",
+    "{{ 'a' | int + '%d' % 'b' }}": "%d format",
+    "{{ messages[0].split() }}": "has no attribute 'split'",
+    "{{ messages | batch(0) | list }}{{ ''.join([1]) }}": "expected str instance",
+    "{{ 'a'.encode('morse') }}": "unknown encoding: morse",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}": "recursion",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "recursion",
+    "{% for a in 'a' %}" * 25 + "{% endfor %}" * 25: "nested",
+    "{{ 'a' * 1000000000000000 }}": "MemoryError",
+    "{{ nothing.x }}": "'nothing' is undefined",
+    "{% if %}": "Expected an expression",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN, ids=[text[:30] for text in BROKEN])
+def test_whatever_a_template_ends_in_is_an_error_of_one_line(template):
+    with pytest.raises(QmicaError) as caught:
+        ChatEncoder(tokenizer_of("llama", template))
+    assert BROKEN[template] in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_template_that_says_a_turn_twice_is_refused():
     encoder = ChatEncoder(tokenizer_of("qwen2", tiny.CHATML))
     encoder.template = tiny.CHATML.replace("message['content']", "message['content'] + message['content']")

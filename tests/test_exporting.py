@@ -713,9 +713,13 @@ def test_no_space_is_said_before_writing(own_run, monkeypatch):
 def test_a_weight_that_is_not_a_number_is_named(own_run):
     tensors = load_file(own_run / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    tensors[name][0, 0] = 1e7
+    save_file(tensors, own_run / "adapter_model.safetensors")
+    with pytest.raises(QmicaError, match=r"^blk\.1\.attn_v\.weight: a weight to be written as F16 is above 65504"):
+        export(own_run, quant="F16")
     tensors[name][0, 0] = torch.nan
     save_file(tensors, own_run / "adapter_model.safetensors")
-    with pytest.raises(QmicaError, match=r"^blk\.1\.attn_v\.weight: a weight to be written as Q8_0 is NaN or infinite"):
+    with pytest.raises(QmicaError, match=r"layers\.1\.self_attn\.v_proj holds what is no number \(NaN or infinite\)"):
         export(own_run, quant="Q8_0")
     assert not list(own_run.glob("*.gguf*"))
 

@@ -171,6 +171,27 @@ def test_other_sorts_of_gguf(tmp_path, entries, text):
     refused(write(tmp_path / "x.gguf", [METADATA[0], *entries], q4=False), text)
 
 
+@pytest.mark.parametrize(
+    "alpha, name, data, text",
+    [
+        (("x", V.STRING), "blk.0.attn_q.weight.lora_a", np.ones((2, 4), np.float32), "adapter.lora.alpha = 'x'"),
+        ((float("nan"), V.FLOAT32), "blk.0.attn_q.weight.lora_a", np.ones((2, 4), np.float32), "lora.alpha = nan"),
+        ((1.0, V.FLOAT32), "blk.0.attn_q.weight.lora_a", np.ones((2, 2, 4), np.float32), "lora_a is no matrix"),
+        ((1.0, V.FLOAT32), "blk.0.attn_q.weight.lora_a", np.ones((2, 4), np.int32), "holds I32, which no weight is"),
+    ],
+)
+def test_what_would_end_llama_cpp(tmp_path, alpha, name, data, text):
+    """It would end the process, with no word of the reason."""
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_key_value("general.type", "adapter", V.STRING)
+    writer.add_key_value("adapter.lora.alpha", *alpha)
+    writer.add_tensor(name, data)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(QmicaError, match=text):
+        GGUFFile.open(tmp_path / "a.gguf", adapter=True)
+
+
 def test_an_adapter_is_opened_when_asked_for(model, tmp_path):
     adapter = write(tmp_path / "adapter.gguf", [METADATA[0], ("general.type", "adapter", V.STRING)])
     assert "matrix" in GGUFFile.open(adapter, adapter=True).tensors

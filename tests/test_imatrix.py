@@ -111,6 +111,57 @@ def test_a_model_or_experts_in_place_of_an_importance_matrix(tmp_path):
         imatrix.read(experts)
 
 
+def with_value(path, key, kind, value):
+    """An importance matrix whose `key` has another value."""
+    reader = gguf.GGUFReader(mix_models.write_imatrix(path.with_suffix(".whole"), COLUMNS))
+    writer = gguf.GGUFWriter(path, "")
+    writer.kv_data[0].clear()
+    writer.add_string("general.type", "imatrix")
+    writer.add_key_value(key, value, kind)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("INT32", -1), ("UINT64", 1 << 40), ("UINT32", 1 << 31), ("FLOAT32", 3.0), ("BOOL", True), ("STRING", "3")],
+)
+def test_a_number_of_chunks_that_none_is(tmp_path, kind, value):
+    """It is written into the GGUF as a uint32."""
+    file = with_value(tmp_path / "x.gguf", "imatrix.chunk_count", gguf.GGUFValueType[kind], value)
+    with pytest.raises(QmicaError, match=f"x.gguf says it was measured on {value!r} chunks: a number from 0 to 2147"):
+        imatrix.read(file)
+
+
+def test_chunks_in_any_type_of_integer(tmp_path):
+    for kind in (gguf.GGUFValueType.INT32, gguf.GGUFValueType.UINT64):
+        file = with_value(tmp_path / f"{kind}.gguf", "imatrix.chunk_count", kind, (1 << 31) - 1)
+        assert imatrix.read(file).chunks == (1 << 31) - 1
+
+
+def test_a_dat_of_minus_one_chunks_or_calls(tmp_path):
+    path = tmp_path / "x.dat"
+    path.write_bytes(legacy(COLUMNS, trailer=struct.pack("<ii", -1, 0)))
+    with pytest.raises(QmicaError, match="says it was measured on -1 chunks"):
+        imatrix.read(path)
+    path.write_bytes(legacy(COLUMNS, calls=-1))
+    with pytest.raises(QmicaError, match="is no importance matrix"):
+        imatrix.read(path)
+
+
+@pytest.mark.parametrize("count", [np.nan, np.inf, -5.0])
+def test_counts_that_none_is(tmp_path, count):
+    columns = {"blk.0.attn_q.weight": COLUMNS["blk.0.attn_q.weight"]}
+    file = mix_models.write_imatrix(tmp_path / "x.gguf", columns, count=count)
+    with pytest.raises(QmicaError, match=rf"blk\.0\.attn_q\.weight was counted {count:g} times: make it again"):
+        imatrix.read(file)
+
+
 def test_broken_files_are_refused_in_one_line(tmp_path):
     """Every truncation of both formats, and counts that claim more than the file has."""
     whole = legacy(COLUMNS, trailer=b"")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 import hollow
 import pytest
 import torch
+from adapted import make_peft_adapter
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LLAMA3_ROPE, LONGROPE, save_tiny, tiny_config, tiny_model, write_gguf
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
-from qmica import model, quant, targets
+from qmica import exporting, model, quant, targets
+from qmica.config import ExportConfig
 from qmica.errors import QmicaError
 from qmica.source import resolve
 
@@ -293,16 +296,54 @@ def test_a_packed_checkpoint_of_another_size(packed, tmp_path, bits):
     )
 
 
-def test_what_the_config_does_not_know_is_left_out(folders, tmp_path):
-    """As in transformers: a bias that the config denies, a head beside tied embeddings, rotary buffers of old checkpoints."""
+def test_what_says_nothing_of_the_model_is_left_out(folders, tmp_path):
+    """A head beside tied embeddings, rotary buffers of old checkpoints."""
 
     def change(tensors):
-        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(128, dtype=torch.bfloat16)
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
         tensors["lm_head.weight"] = torch.ones(448, 64, dtype=torch.bfloat16)
 
     path = changed(folders["llama-tied"], tmp_path / "m", change)
     assert apart(ours(path), ours(folders["llama-tied"])) == 0.0
+
+
+@pytest.mark.parametrize(
+    "config, added, text",
+    [
+        ({}, "model.layers.0.self_attn.q_proj.bias", "has 1 tensors that its config.json says nothing of"),
+        ({}, "model.layers.0.self_attn.q_proj.weight_scale_inv", "has 1 tensors .*weight_scale_inv"),
+        ({"num_hidden_layers": 1}, None, "has 9 tensors .*it is another model; download it again"),
+    ],
+)
+def test_tensors_of_another_model_are_refused(folders, tmp_path, config, added, text):
+    """transformers leaves them out, and what is trained and exported is not the model of these weights."""
+    extra = {} if added is None else {added: torch.ones(128, dtype=torch.bfloat16)}
+    path = changed(folders["llama"], tmp_path / "m", lambda tensors: tensors.update(extra))
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    assert re.search(text, error_of(path))
+    run = make_peft_adapter(tmp_path / "run", path, {"model.layers.0.self_attn.v_proj": (64, 64)})
+    with pytest.raises(QmicaError, match=text):
+        exporting.export(str(run), ExportConfig(quant="F16"))
+
+
+def test_an_attention_of_the_files_choice_is_not_taken(folders, tmp_path):
+    """transformers would look for the kernel of that name on the hub."""
+    path = changed(folders["llama"], tmp_path / "m", lambda tensors: None)
+    file = path / "config.json"
+    said = {"attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel", "num_labels": 10**9}
+    said |= {"pad_token_id": 448, "dtype": "evil"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    network = ours(path)
+    assert network.config._attn_implementation in ("sdpa", "eager") and network.config.pad_token_id is None
+    assert apart(network, ours(folders["llama"])) == 0.0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "5", '{"max_new_tokens": -5}', 10**5 * "["])
+def test_a_broken_generation_config_is_one_line(folders, tmp_path, content):
+    path = changed(folders["llama"], tmp_path / "m", lambda tensors: None)
+    (path / "generation_config.json").write_text(content)
+    assert "generation_config.json" in error_of(path)
 
 
 def test_configs_that_cannot_be_used(folders, tmp_path):
@@ -323,7 +364,8 @@ def test_configs_that_cannot_be_used(folders, tmp_path):
     )
     moe = said(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
     assert "'mixtral' is a mixture of experts, which qmica does not train" in moe
-    assert str(path / "config.json") in said(json.dumps({**config, "hidden_size": "wide"}))
+    assert "config.json has hidden_size = 'wide'" in said(json.dumps({**config, "hidden_size": "wide"}))
+    assert str(path / "config.json") in said(json.dumps({**config, "use_cache": "wide"}))
     (path / "config.json").unlink()
     with pytest.raises(QmicaError, match=r"has no config.json: a model folder holds config.json, \*.safetensors and"):
         model.read_config(source)

@@ -527,6 +527,9 @@ def test_of_two_equal_merges_the_first_counts():
     [
         ({"tokens": [1, 2, 3]}, "tokenizer.ggml.tokens is no list of str"),
         ({"tokens": "abc"}, "tokenizer.ggml.tokens is no list of str"),
+        ({"tokens": ["a"] * (tokenizer.MOST_TOKENS + 1)}, "vocabulary has 1,048,577 tokens, and qmica takes up to"),
+        ({"model": ["gpt2"]}, r"tokenizer is of kind \['gpt2'\]; qmica knows"),
+        ({"pre": ["qwen2"]}, r"tokenizer.ggml.pre is \['qwen2'\], which qmica does not know"),
         ({"token_type": ["a"] * tiny.VOCAB_SIZE}, "tokenizer.ggml.token_type is no list of int"),
         ({"merges": [b"a \xff"]}, "tokenizer.ggml.merges is no list of str"),
         ({"model": "llama", "scores": ["a"] * tiny.VOCAB_SIZE}, "tokenizer.ggml.scores is no list of int"),
@@ -577,6 +580,134 @@ def backend_with(name="qwen2", **parts) -> PreTrainedTokenizerFast:
 def test_tokenizers_that_a_gguf_cannot_express_are_refused(tok, text):
     with pytest.raises(QmicaError, match=text):
         gguf_metadata(tok(), tiny.VOCAB_SIZE)
+
+
+def saved(name: str, path, change) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer with a change to its tokenizer.json, loaded from a folder."""
+    tiny.tiny_tokenizer(name).save_pretrained(path)
+    file = path / "tokenizer.json"
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+    return load(folder_of(path))
+
+
+def around(before: dict[str, int], behind: dict[str, int]) -> dict:
+    """A post_processor that puts tokens around a text."""
+    pieces = [{"SpecialToken": {"id": token, "type_id": 0}} for token in (*before, *behind)]
+    pieces.insert(len(before), {"Sequence": {"id": "A", "type_id": 0}})
+    special = {token: {"id": token, "ids": [id], "tokens": [token]} for token, id in (before | behind).items()}
+    pair = [{"Sequence": {"id": side, "type_id": 0}} for side in "AB"]
+    return {"type": "TemplateProcessing", "single": pieces, "pair": pair, "special_tokens": special}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "spm"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda state: state["model"].update(dropout=0.5), "model.dropout is 0.5 in this model's tokenizer"),
+        (lambda state: state["model"].update(end_of_word_suffix="</w>"), "model.end_of_word_suffix is '</w>'"),
+        (
+            lambda state: state["model"].update(continuing_subword_prefix="#", merges=[]),
+            "model.continuing_subword_prefix is '#'",
+        ),
+        (
+            lambda state: state["added_tokens"][-1].update(single_word=True, content="odd"),
+            "the added token 'odd' is single_word",
+        ),
+        (lambda state: state.update(post_processor=around({"a": 5}, {})), r"\(ids \[5\]\) is put before every text"),
+        (lambda state: state.update(post_processor=around({}, {"a": 5})), r"\(ids \[5\]\) is put behind every text"),
+        (
+            lambda state: state.update(post_processor=around({"a": 9999}, {})),
+            r"\(ids \[9999\]\) is put before every text",
+        ),
+    ],
+)
+def test_what_no_key_of_a_gguf_says_is_refused_on_export_alone(name, change, text, tmp_path):
+    tok = saved(name, tmp_path, change)
+    assert tok("text").input_ids
+    with pytest.raises(QmicaError, match=text) as error:
+        gguf_metadata(tok, tiny.VOCAB_SIZE)
+    assert "which a GGUF cannot express: this model cannot be exported" in str(error.value)
+
+
+@pytest.mark.parametrize("values", [{"dropout": None}, {"dropout": 0.0}, {"continuing_subword_prefix": ""}])
+def test_what_changes_nothing_is_no_reason_to_refuse(values, tmp_path):
+    tok = saved("qwen2", tmp_path, lambda state: state["model"].update(values))
+    assert gguf_metadata(tok, tiny.VOCAB_SIZE) == gguf_metadata(tiny.tiny_tokenizer("qwen2"), tiny.VOCAB_SIZE)
+
+
+def test_a_panic_of_tokenizers_is_an_error_of_one_line(tmp_path):
+    """A prefix longer than the second half of a merge."""
+    with pytest.raises(QmicaError, match=r"^the tokenizer in .* cannot be read \(.*\); download it again$"):
+        saved("qwen2", tmp_path, lambda state: state["model"].update(continuing_subword_prefix="##"))
+
+
+def spm_folder(path):
+    tiny.save_tiny(path, "llama", tokenizer="spm")
+    (path / "tokenizer.json").unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("added_tokens.json", {"<x>": 30_000_000}, "'<x>' has the id 30000000; it has to be a text with an id from 0"),
+        ("added_tokens.json", {"<x>": "5"}, "'<x>' has the id '5'"),
+        ("added_tokens.json", {"<x>": -1}, "'<x>' has the id -1"),
+        ("added_tokens.json", {"<x>": 430.5}, "'<x>' has the id 430.5"),
+        ("added_tokens.json", {"<x>": True}, "'<x>' has the id True"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "added_tokens_decoder is a list, not an object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {}}}, "token None has the id 5"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": 7}}, "token None has the id 5"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": 7}}}, "token 7 has the id 5"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "'a' has the id 'x'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "'a' has the id '9999"),
+    ],
+)
+def test_odd_added_tokens_are_an_error_of_one_line(name, content, text, tmp_path):
+    (spm_folder(tmp_path) / name).write_text(json.dumps(content))
+    with pytest.raises(QmicaError, match=text) as error:
+        load(folder_of(tmp_path))
+    assert str(tmp_path / name) in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("alone", [False, True])  # tokenizer.model
+def test_a_template_that_is_no_utf_8_is_an_error_of_one_line(alone, tmp_path):
+    path = spm_folder(tmp_path) if alone else tiny.save_tiny(tmp_path, "llama")
+    (path / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(QmicaError, match=r"(?i)utf-8"):
+        load(folder_of(path))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("given", "default"),
+    [
+        ({"default": 5}, None),
+        ({"default": "d", "tool_use": 5}, "d"),
+        ({"tool_use": "t"}, None),
+        (5, None),
+        ([{"name": "default", "template": "d"}, {"name": "x", "template": 5}], "d"),
+        ([{"name": "default", "template": 5}], None),
+        ({}, None),
+    ],
+)
+def test_templates_that_are_no_text_are_ignored(alone, given, default, tmp_path):
+    path = spm_folder(tmp_path) if alone else tiny.save_tiny(tmp_path, "llama")
+    for left in path.glob("chat_template*"):
+        left.unlink()
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": given}))
+    tok = load(folder_of(path))
+    assert as_metadata(gguf_metadata(tok, tiny.VOCAB_SIZE)).get(tokenizer.CHAT_TEMPLATE) == default
+    assert (tok.get_chat_template() if tok.chat_template else None) == default
+
+
+@pytest.mark.parametrize("odd", ["x", [[1]], -1, 10**12, [None, True], 2.0])
+def test_what_is_no_id_ends_no_turn(odd):
+    tok = tiny.tiny_tokenizer("qwen2")
+    assert end_of_turn_ids(tok, SimpleNamespace(eos_token_id=odd)) == end_of_turn_ids(tok)
 
 
 def test_ignore_merges_may_differ_where_it_changes_nothing():

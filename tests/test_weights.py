@@ -332,6 +332,97 @@ def test_a_damaged_quantization_state_is_one_line(bnb_folders, tmp_path):
         _ = open_weights(resolve(tmp_path)).shapes
 
 
+Q = "model.layers.0.self_attn.q_proj.weight"
+STATE = f"{Q}.quant_state.bitsandbytes__nf4"
+
+
+def cut(name, count):
+    return name, lambda tensors: {name: tensors[name][:count].clone()}
+
+
+def cast(name, dtype):
+    return name, lambda tensors: {name: tensors[name].to(dtype)}
+
+
+def stated(**said):
+    """Another description of the weight, or a value of it."""
+
+    def change(tensors):
+        text = json.dumps({**json.loads(bytes(tensors[STATE].tolist())), **said})
+        return {STATE: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+    return Q, change
+
+
+def changed_copy(folder, change, path):
+    """A copy of a folder with some tensors changed."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | change(tensors), path / "model.safetensors")
+    (path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "broken_part"),
+    [
+        ("nf4", cut(Q, 8)),
+        ("nf4", cut(f"{Q}.absmax", 1)),
+        ("nf4", cut(f"{Q}.nested_absmax", 0)),
+        ("nf4", cut(f"{Q}.quant_map", 2)),
+        ("nf4", cut(f"{Q}.nested_quant_map", 1)),
+        ("nf4", cast(Q, torch.int64)),
+        ("nf4", cast(f"{Q}.absmax", torch.float32)),
+        ("nf4-plain", cut(f"{Q}.absmax", 1)),
+        ("nf4-plain", cast(f"{Q}.absmax", torch.uint8)),
+        ("nf4", stated(blocksize=0)),
+        ("nf4", stated(blocksize=64.0)),
+        ("nf4", stated(blocksize=4096)),
+        ("nf4", stated(nested_blocksize=0)),
+        ("nf4", stated(nested_offset=math.nan)),
+        ("nf4", stated(quant_type="fp4")),
+        ("nf4", stated(dtype="evil")),
+        ("nf4", stated(shape=[-128, -64])),
+        ("nf4", stated(shape=[math.inf, 64])),
+        ("nf4", stated(absmax="evil")),
+        ("int8", cut(Q.replace("weight", "SCB"), 5)),
+        ("int8", cut(Q.replace("weight", "SCB"), 1)),
+        ("int8", cast(Q.replace("weight", "SCB"), torch.int64)),
+        ("int8", cast(Q, torch.float32)),
+    ],
+)
+def test_parts_that_bitsandbytes_would_read_beyond_are_refused_by_name(bnb_folders, tmp_path, kind, broken_part):
+    """Before its kernels, which take pointers: an empty nested_absmax was a segmentation fault, a short absmax the
+    heap's bytes for scales.
+    """
+    name, change = broken_part
+    with pytest.raises(QmicaError, match=rf"{name}\b.*: copy or download it again$"):
+        open_weights(resolve(changed_copy(bnb_folders[kind][0], change, tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_packed_embedding_is_refused(bnb_folders, tmp_path, kind):
+    """Its codes would be looked up as if they were the rows."""
+
+    def change(tensors):
+        stem = Q.removesuffix("weight")
+        parts = {name.removeprefix(stem): tensor for name, tensor in tensors.items() if name.startswith(stem)}
+        return {f"model.embed_tokens.{part}": tensor.clone() for part, tensor in parts.items()}
+
+    with pytest.raises(QmicaError, match=r"model\.embed_tokens\.weight is packed, which linears alone can be: give "):
+        open_weights(resolve(changed_copy(bnb_folders[kind][0], change, tmp_path)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_a_weight_of_codes_without_bitsandbytes_is_refused(folders, tmp_path, dtype):
+    """float8 as DeepSeek has it: its scales lie beside it, and nothing here multiplies with them."""
+    extra = {f"{Q}_scale_inv": torch.ones(1, 1)}
+    path = changed_copy(folders["llama"], lambda tensors: {**extra, Q: tensors[Q].to(dtype)}, tmp_path)
+    with pytest.raises(
+        QmicaError, match=rf"{Q} is {weights._DTYPE_NAMES[dtype]}, not numbers of 16 bits or more: give "
+    ):
+        open_weights(resolve(path))
+
+
 # ---- overlay
 
 
