@@ -77,14 +77,9 @@ class Run:
         """The fields of ModelConfig that load this run's base: the run's own flags, else what the adapter says of its
         base.
         """
-        flags = self.config().get("train")
-        if flags is None:
-            return {"model": base.id, "revision": base.revision, "bits": base.bits or 4}
         names = {field.name for field in fields(ModelConfig)}
-        missing = [name for name in ("model", "revision", "bits") if name not in flags]
-        if missing:
-            raise QmicaError(f"{self.folder / _CONFIG} is damaged: its flags lack {', '.join(missing)}")
-        return {name: value for name, value in flags.items() if name in names}
+        flags = {name: value for name, value in (self.config().get("train") or {}).items() if name in names}
+        return {"model": base.id, "revision": base.revision, "bits": base.bits or 4} | flags
 
     def write_config(self, config: Mapping) -> None:
         durable.write_json(self.folder / _CONFIG, config)

@@ -52,14 +52,33 @@ def read(place: Path, name: str) -> dict[str, torch.Tensor] | None:
     """An entry's tensors, or None where there is none or it is damaged, which is said."""
     path = place / f"{name}{SUFFIX}"
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            expected = (file.metadata() or {}).get(CHECKSUM)
+        tensors, expected = _of_one_file(path)
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError) as error:
         return _damaged(path, str(error))
     return tensors if _checksum(tensors) == expected else _damaged(path, "its checksum is another")
+
+
+def _of_one_file(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
+    """Tensors and checksum. safe_open opens a file twice, by name: one that got the name in between is read again."""
+    while True:
+        before = _identity(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                expected = (file.metadata() or {}).get(CHECKSUM)
+        except SafetensorError:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return tensors, expected
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _damaged(path: Path, reason: str) -> None:
