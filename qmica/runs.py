@@ -79,7 +79,8 @@ class Run:
         """
         names = {field.name for field in fields(ModelConfig)}
         flags = {name: value for name, value in (self.config().get("train") or {}).items() if name in names}
-        return {"model": base.id, "revision": base.revision, "bits": base.bits or 4} | flags
+        own = {} if base is None else {"model": base.id, "revision": base.revision, "bits": base.bits or 4}
+        return own | flags
 
     def write_config(self, config: Mapping) -> None:
         durable.write_json(self.folder / _CONFIG, config)
