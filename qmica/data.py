@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-from jinja2 import TemplateError
 
-from qmica import samples
+from qmica import samples, templates
 from qmica.config import DataConfig, TrainingConfig
 from qmica.errors import QmicaError
 from qmica.packing import REPLAY_DRAWS, Epoch, Examples, batches, draw_replay, replay_tokens, split, window_lengths
@@ -33,10 +32,6 @@ CONTEXT = 64  # characters around a chunk, so that its first and last words are 
 LINE_START = re.compile(r"(?<=\n)(?=\S)")  # every pre-tokenizer in use splits here; _encode_chunk checks that it did
 WORD_START = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 MARK = "\ue0a7\ue0b8\ue0c9"  # private use characters: in no text, kept by trim and escape filters
-# What a chat template can end in: it is a program, and any mistake in it is raised as Python's own error; jinja2 makes
-# Python of it, which may be a SyntaxError (loops within loops)
-TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-TEMPLATE_ERRORS += (MemoryError, RecursionError, SyntaxError)
 # For models without a chat template. {bos} is "{{ bos_token }}" where the tokenizer begins a text with BOS, else "".
 PLAIN_TEMPLATE = (
     "{bos}{% for message in messages %}"
@@ -149,9 +144,9 @@ class ChatEncoder:
             return self.tokenizer.apply_chat_template(
                 list(messages), chat_template=self.template, tokenize=False, date_string="26 Jul 2024", **options
             )
-        except TEMPLATE_ERRORS as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise QmicaError(f"{where}: the model's chat template refuses it ({reason}): correct the record") from error
+        except templates.ERRORS as error:
+            why = templates.reason(error)
+            raise QmicaError(f"{where}: the model's chat template refuses it ({why}): correct the record") from error
 
     def spans(self, document: Document, text: str) -> list[tuple[int, int]]:
         """(start, stop) characters of `text` (the rendered chat) that the assistant says, turn by turn."""

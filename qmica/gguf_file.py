@@ -430,6 +430,7 @@ def _check_tensors(opened: GGUFFile, adapter: bool) -> None:
         kind = opened.tensors[wrong].type.name
         raise QmicaError(f"{opened.path}: {wrong} holds {kind}, which no weight is: it is broken; download it again")
     if not adapter:
+        _check_vectors(opened)
         return
     alpha = opened.metadata.get("adapter.lora.alpha", 0.0)  # llama.cpp takes none for 0: the scale alone counts
     if not isinstance(alpha, float) or not isfinite(alpha):
@@ -437,6 +438,17 @@ def _check_tensors(opened: GGUFFile, adapter: bool) -> None:
     wrong = next((name for name, tensor in opened.tensors.items() if ".lora_" in name and len(tensor.shape) != 2), None)
     if wrong is not None:
         raise QmicaError(f"{opened.path}: {wrong} is no matrix: it is broken; export it again")
+
+
+def _check_vectors(opened: GGUFFile) -> None:
+    """llama.cpp adds and multiplies with norms and biases in F32 alone, as its converter writes them (ran: a norm or
+    a bias in F16 ends the process)."""
+    for name, tensor in opened.tensors.items():
+        if len(tensor.shape) == 1 and tensor.type != GGMLQuantizationType.F32:
+            raise QmicaError(
+                f"{opened.path}: {name} is stored as {tensor.type.name}, which llama.cpp reads in F32 only: it was "
+                "made by a broken converter; use another GGUF of this model"
+            )
 
 
 _NO_WEIGHTS = {kind for kind in GGMLQuantizationType if kind.name in ("I8", "I16", "I32", "I64", "F64")}

@@ -17,23 +17,19 @@ from __future__ import annotations
 import codecs
 import ctypes
 import importlib.util
-import json
 import os
 import re
 import struct
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from qmica import templates
 from qmica.errors import QmicaError
 
 INSTALL = "pip install 'qmica[llamacpp]'"
@@ -334,8 +330,12 @@ class Llama:
         template = self._lib.llama_model_chat_template(self._model, None)
         if not template:
             raise QmicaError(f"{self.path} has no chat template: give the text to be continued with --prompt")
-        names = {name: self._special_text(name) for name in ("bos", "eos")}
-        return _render(template.decode("utf-8"), messages, names, self.path)
+        special = {f"{name}_token": self._special_text(name) for name in ("bos", "eos")}
+        try:
+            return templates.render(template.decode("utf-8"), messages, **special)
+        except templates.ERRORS as error:
+            why = templates.reason(error)
+            raise QmicaError(f"the chat template of {self.path} does not take these messages: {why}") from error
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """`chat_prompt` as tokens, with one BOS where the file wants one (templates often write it themselves)."""
@@ -579,38 +579,3 @@ def _sample(logits: np.ndarray, temperature: float, top_p: float, generator: np.
     before = np.cumsum(chances[order]) - chances[order]
     kept = order[before < top_p]  # never empty: before the first there is 0
     return int(generator.choice(kept, p=chances[kept] / chances[kept].sum()))
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's text for training; here it is only its content."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates may use, as transformers has it (transformers/utils/chat_template_utils.py)."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _render(template: str, messages: Sequence[Mapping[str, str]], names: Mapping[str, str], path: Path) -> str:
-    special = {f"{name}_token": text for name, text in names.items()}
-    try:
-        compiled = _environment().from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=True, **special)
-    except jinja2.TemplateError as error:
-        reason = str(error).split("\n")[0]
-        raise QmicaError(f"the chat template of {path} does not take these messages: {reason}") from error

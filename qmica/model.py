@@ -44,9 +44,11 @@ GIVE_BACK_EVERY = 8_000_000  # bytes read
 
 # of a folder's config.json: what is for this machine to choose (an attention of a name that transformers does not know
 # is looked for on the hub, and run), and heads of other tasks, of any size
-NOT_OURS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "dtype", "torch_dtype"}
-NOT_OURS |= {"auto_map", "num_labels", "id2label", "label2id"}
-NOT_OURS |= {"quantization_config"}  # what bitsandbytes quantized is loaded by our walk, not by transformers
+NOT_OURS = {
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "dtype", "torch_dtype"),
+    *("auto_map", "num_labels", "id2label", "label2id"),
+    "quantization_config",  # what bitsandbytes quantized is loaded by our walk, not by transformers
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

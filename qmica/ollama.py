@@ -21,7 +21,7 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from qmica import data, source, tokenizer
+from qmica import data, source, templates, tokenizer
 from qmica.errors import QmicaError
 
 MOST_CONTEXT = 8192  # tokens: the cache of a 7B model with 32 key-value heads takes 0.5 MB each
@@ -171,7 +171,7 @@ def recognize(tokens, stops: Iterable[str] = (), template: str | None = None) ->
 
     try:
         return _checked(rendered, bos, [stop for stop in stops if stop])
-    except data.TEMPLATE_ERRORS:
+    except templates.ERRORS:
         return None  # a template is a program: Cohere's for tools cannot be rendered without tools, a TypeError
 
 

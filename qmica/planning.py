@@ -87,7 +87,9 @@ def _opened(options: ModelConfig, compute: torch.dtype) -> tuple[source.Headers,
     """What the model's headers say, and the model on the meta device."""
     found = source.look(options.model, options.revision)
     if isinstance(found, source.Source):
-        return files.headers(found), model.on_meta(model.read_config(found), compute)
+        weights, empty = files.open_weights(found), model.on_meta(model.read_config(found), compute)
+        model.require_whole(empty, weights, found)
+        return files.headers_of(found, weights), empty
     with TemporaryDirectory(prefix="qmica-plan-") as folder:
         headers = found.headers(Path(folder))
         return headers, model.on_meta(model.read_config(headers.source), compute)

@@ -34,9 +34,11 @@ from gguf import GGUFValueType, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qmica.architectures import text_config
 from qmica.errors import QmicaError
 from qmica.gguf_file import GGUFFile
 from qmica.source import read_json
+from qmica.templates import require_short
 
 # as plain integers: comparing 49,152 of them with an IntEnum's members takes 0.2 s
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = map(
@@ -195,7 +197,8 @@ def load(source: Any) -> PreTrainedTokenizerFast:
     """
     if source.kind == "gguf":
         return from_gguf(GGUFFile.open(source.files[0]).metadata)
-    return _from_folder(Path(source.folder))
+    folder = Path(source.folder)
+    return _within_rows(_from_folder(folder), folder / "config.json")
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
@@ -213,6 +216,34 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     )
 
 
+def _within_rows(tokenizer: PreTrainedTokenizerFast, config: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer without the added tokens that the model has no row for, which are then text as any other, as in
+    llama.cpp, whose converter leaves them out (conversion/base.py): Gemma 3's 1B has one for images, tunes of Llama 2
+    one for padding. QmicaError where the vocabulary itself is larger than the embedding.
+    """
+    rows = text_config(read_json(config)).get("vocab_size") if config.is_file() else None
+    if not isinstance(rows, int):
+        return tokenizer
+    beyond = {token for token, id in tokenizer.get_added_vocab().items() if id >= rows}
+    if beyond:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["added_tokens"] = [row for row in state["added_tokens"] if row["content"] not in beyond]
+        for role in (f"{name}_token" for name in SPECIAL_IDS if getattr(tokenizer, f"{name}_token", None) in beyond):
+            setattr(tokenizer, role, None)
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    _require_rows(tokenizer, rows)
+    return tokenizer
+
+
+def _require_rows(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= rows:
+        raise QmicaError(
+            f"the tokenizer has tokens up to id {last} and the model {rows} rows of embeddings: they do not belong "
+            "together; download the model again"
+        )
+
+
 def _read(kind: type, folder: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = kind.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
@@ -226,14 +257,15 @@ def _read(kind: type, folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _templates(found: Any) -> str | dict[str, str] | None:
-    """A chat template, or several by name with a default, as a tokenizer's files have them; None for anything else."""
+    """A chat template, or several by name with a default, as a tokenizer's files have them; None for anything else.
+    QmicaError for one that is too long."""
     if isinstance(found, list):
         rows = [row for row in found if isinstance(row, dict) and isinstance(row.get("name"), str)]
         found = {row["name"]: row.get("template") for row in rows}
     if isinstance(found, dict):
-        texts = {name: text for name, text in found.items() if isinstance(text, str)}
+        texts = {name: require_short(text) for name, text in found.items() if isinstance(text, str)}
         return texts if "default" in texts else None
-    return found if isinstance(found, str) else None
+    return require_short(found) if isinstance(found, str) else None
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -260,7 +292,7 @@ def _described(metadata: Mapping[str, Any], swallows: Callable[[str], bool]) -> 
         tokenizer_object=_Handed(backend),
         add_bos_token="bos" in ids and bool(metadata.get("tokenizer.ggml.add_bos_token", defaults["add_bos"])),
         add_eos_token="eos" in ids and bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        chat_template=template if isinstance(template := metadata.get(CHAT_TEMPLATE), str) else None,
+        chat_template=_templates(metadata.get(CHAT_TEMPLATE)),
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": tokens[id] for role, id in ids.items()},
     )
@@ -731,12 +763,8 @@ def _byte_or(kind: int, token: str) -> int:
 
 
 def _padded(tokenizer, state: Mapping, vocab_size: int) -> tuple[list[str], list[int]]:
+    _require_rows(tokenizer, vocab_size)
     by_id = {id: token for token, id in tokenizer.get_vocab().items()}
-    if max(by_id) >= vocab_size:
-        raise QmicaError(
-            f"the tokenizer has tokens up to id {max(by_id)} and the model {vocab_size} rows of embeddings: they do "
-            "not belong together"
-        )
     tokens = [by_id.get(id, f"[PAD{id}]") for id in range(vocab_size)]
     types = [_NORMAL if id in by_id else _UNUSED for id in range(vocab_size)]
     for added in state["added_tokens"]:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from qmica import (
     adapter,
@@ -71,44 +72,88 @@ def train(
 
     Raises QmicaError for what the user can fix, and KeyboardInterrupt (after a checkpoint) where one came.
     """
-    job = Job(model_config, adapter_config, data_config, training_config)
-    run = None
-    if resume is not None:
-        run = runs.find(resume)
-        run.last_checkpoint()  # that there is one is known before anything is loaded
-        job = Job.from_flags(run.config().get("train", {}))
-    elif job.training.out is not None:
-        durable.require_empty(job.training.out)
+    began = None if resume is None else runs.find(resume)
+    job = _asked(Job(model_config, adapter_config, data_config, training_config), began)
     if job.model.threads:
         torch.set_num_threads(job.model.threads)
     allocator.keep_freed()
     accelerator = make_accelerator(job)
     say = accelerator.print
-    model.require_stream(job.model.stream, accelerator.device)
+    known = _look(job, began, accelerator)
+    network = load_network(job, known.base, known.choice.modes, accelerator.device, say, began)
+    run = began or runs.create(job.training.out, known.base.name, (job.data.data or samples.ALMANAC)[0])
+    loop = Loop(job, run, network, known.prepared, accelerator, known.choice.parts)
+    record = _record(job, network, known.prepared, loop.optimizer_name)
+    if began is not None:
+        _go_on(loop, record)
+    _learn(known, loop, record if began is None else None)
+    if accelerator.is_main_process:
+        adapter.save_adapter(network, run.adapter)
+        known.tokens.save_pretrained(run.adapter)
+    prompt = job.training.probe or _first_words(known.prepared, known.tokens)
+    before = _answer(network, known.tokens, prompt, tuned=False)  # without the adapter nothing has changed
+    _conclude(run, loop, prompt, before, _answer(network, known.tokens, prompt), say)
+    return run
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a run before its weights are loaded. frozen: how many weights the base has."""
+
+    base: source.Source
+    frozen: int
+    tokens: PreTrainedTokenizerFast
+    prepared: data.Prepared
+    choice: budget.Choice
+
+
+def _asked(job: Job, began: runs.Run | None) -> Job:
+    """What is to be done: of a run that is gone on with, what it began with. That it has a checkpoint, and a new one
+    an empty folder, is known before anything is loaded."""
+    if began is not None:
+        began.last_checkpoint()
+        return Job.from_flags(began.config().get("train", {}))
+    if job.training.out is not None:
+        durable.require_empty(job.training.out)
+    return job
+
+
+def _look(job: Job, began: runs.Run | None, accelerator: Accelerator) -> Known:
+    """Find the model, read the data and choose how it is computed, which is said. A rank or a target that does not fit
+    is known before anything is loaded."""
+    say, device = accelerator.print, accelerator.device
+    model.require_stream(job.model.stream, device)
     found = source.resolve(job.model.model, job.model.revision, say)
-    compute = model.choose_dtype(job.model.dtype, accelerator.device)
+    compute = model.choose_dtype(job.model.dtype, device)
     empty = model.on_meta(model.read_config(found), compute)
     headers = weights.headers(found)
     model.require_blocks(job.model.bits, headers)
-    adapter.choose(empty, job.adapter)  # a rank or a target that does not fit is known before anything is loaded
+    adapter.choose(empty, job.adapter)
     tokens = tokenizer.load(found)
     prepared = _read_data(job, tokens, say)
-    parts = run.last_checkpoint().state().get("parts", 1) if resume else None
-    choice = choose(job, headers, empty, prepared, accelerator.device, compute, say, parts)
-    network = load_network(job, found, choice.modes, accelerator.device, say, run if resume else None)
-    run = run or runs.create(job.training.out, found.name, (job.data.data or samples.ALMANAC)[0])
-    loop = Loop(job, run, network, prepared, accelerator, choice.parts)
-    record = _record(job, network, prepared, loop.optimizer_name)
-    if resume is not None:
-        checkpoint = run.last_checkpoint()
-        _require_same(run, record)
-        loop.restore(checkpoint)
-        say(f"going on after step {loop.step}, from {checkpoint.folder}")
-    with memory.held_below(choice.limit, accelerator.device):
-        expected, exchanged = _tell(job, network, loop, empty.num_parameters(), say)
-        if resume is None and accelerator.is_main_process:
-            run.write_config(record)  # not before here: until the first step there is nothing in the folder to lose
-        _start_tracker(accelerator, job, run)
+    parts = began.last_checkpoint().state().get("parts", 1) if began is not None else None
+    choice = choose(job, headers, empty, prepared, device, compute, say, parts)
+    return Known(found, empty.num_parameters(), tokens, prepared, choice)
+
+
+def _go_on(loop: "Loop", record: dict) -> None:
+    """Bring the loop to where the run's last checkpoint stands. QmicaError where data or base have changed."""
+    run = loop.run_folder
+    checkpoint = run.last_checkpoint()
+    _require_same(run, record)
+    loop.restore(checkpoint)
+    loop.accelerator.print(f"going on after step {loop.step}, from {checkpoint.folder}")
+
+
+def _learn(known: Known, loop: "Loop", record: dict | None) -> None:
+    """All the steps within --memory; what was planned against what it came to. record: what config.json of a new run
+    holds."""
+    accelerator, say = loop.accelerator, loop.accelerator.print
+    with memory.held_below(known.choice.limit, accelerator.device):
+        expected, exchanged = _tell(loop.job, loop.network, loop, known.frozen, say)
+        if record is not None and accelerator.is_main_process:
+            loop.run_folder.write_config(record)  # not before: until the first step the folder has nothing to lose
+        _start_tracker(accelerator, loop.job, loop.run_folder)
         began = time.perf_counter()
         try:
             loop.run()
@@ -116,14 +161,7 @@ def train(
             for exchange in exchanged:
                 exchange.take()
         took = time.perf_counter() - began
-    _compare(choice.plan, loop.peak, expected, took, say)
-    if accelerator.is_main_process:
-        adapter.save_adapter(network, run.adapter)
-        tokens.save_pretrained(run.adapter)
-    prompt = job.training.probe or _first_words(prepared, tokens)
-    before = _answer(network, tokens, prompt, tuned=False)  # as it was: without the adapter nothing has changed
-    _conclude(run, loop, prompt, before, _answer(network, tokens, prompt), say)
-    return run
+    _compare(known.choice.plan, loop.peak, expected, took, say)
 
 
 class Stream:
@@ -633,9 +671,11 @@ def _record(job: Job, network: nn.Module, prepared: data.Prepared, optimizer: st
     }
 
 
-def _tell(job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable) -> float | None:
-    """What will be trained beside how many frozen weights, how, and how long it will take: seconds, returned too,
-    where they were measured.
+def _tell(
+    job: Job, network: nn.Module, loop: Loop, frozen: int, say: Callable
+) -> tuple[float | None, list[kernels.Exchange]]:
+    """What will be trained beside how many frozen weights, how, and how long it will take. Returns those seconds where
+    they were measured, and the kernels that were kept, to be taken out afterwards.
     """
     count = sum(part.numel() for part in loop.trained.values())
     layers = sum(1 for _ in adapter.layers(network))

@@ -192,6 +192,15 @@ def test_what_would_end_llama_cpp(tmp_path, alpha, name, data, text):
         GGUFFile.open(tmp_path / "a.gguf", adapter=True)
 
 
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.0.attn_q.bias"])
+def test_vectors_in_other_than_f32_are_refused(tmp_path, name):
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    writer.add_tensor(name, np.ones(32, np.float16))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    refused(tmp_path / "v.gguf", f"{name} is stored as F16, which llama.cpp reads in F32 only")
+
+
 def test_an_adapter_is_opened_when_asked_for(model, tmp_path):
     adapter = write(tmp_path / "adapter.gguf", [METADATA[0], ("general.type", "adapter", V.STRING)])
     assert "matrix" in GGUFFile.open(adapter, adapter=True).tensors

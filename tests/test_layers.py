@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "qmica"
 
 LAYERS = (
     {"errors"},
+    {"templates"},
     {
         "allocator",
         "config",

@@ -411,12 +411,25 @@ def test_templates_that_are_missing_or_refuse(shared, weights, tmp_path):
         pytest.raises(QmicaError, match=r"base.gguf has no chat template: give the text to be continued with --prompt"),
     ):
         llama.chat_prompt(MESSAGES)
-    evil = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "does not take these messages"),
+        ("{{ 1 // 0 }}", "does not take these messages: integer division or modulo by zero"),
+        ("{% for a in 'a' %}" * 25 + "{% endfor %}" * 25, "does not take these messages: too many .*nested"),
+        ("{{ a }}" * 20_000, "has 140,000 characters, and qmica takes up to 131,072"),
+    ],
+    ids=range(4),
+)
+def test_a_template_is_a_program_and_can_fail(template, text, weights, tmp_path):
     with (
-        Llama(write_model(tmp_path / "evil.gguf", weights, template=evil), threads=1) as llama,
-        pytest.raises(QmicaError, match="does not take these messages"),
+        Llama(write_model(tmp_path / "evil.gguf", weights, template=template), threads=1) as llama,
+        pytest.raises(QmicaError, match=text) as caught,
     ):
         llama.chat_prompt(MESSAGES)
+    assert "\n" not in str(caught.value)
 
 
 # ---- what goes wrong

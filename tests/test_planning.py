@@ -362,6 +362,15 @@ def test_a_gguf_on_this_disk(tmp_path):
 # ---- errors, and what is printed
 
 
+def test_a_folder_that_is_no_whole_model_is_refused_as_by_train(tmp_path):
+    folder = hollow.write_folder(tmp_path / "model", LARGE)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
+    for verb in (qmica.plan, qmica.load):
+        with pytest.raises(QmicaError, match=r"is not a whole model: .* config\.json says"):
+            verb(model=str(folder))
+
+
 @pytest.mark.parametrize(
     "options, text",
     [

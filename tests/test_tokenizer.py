@@ -742,6 +742,51 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
         gguf_metadata(tiny.tiny_tokenizer("qwen2"), 300)
 
 
+def with_rows(path, rows: int, family="llama", **options):
+    """A model's folder whose config.json says that the embedding has so many rows."""
+    tiny.save_tiny(path, family, **options)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    return path
+
+
+@pytest.mark.parametrize("alone", [False, True])  # tokenizer.model
+def test_a_folder_whose_vocabulary_is_larger_than_the_embedding_is_refused(alone, tmp_path):
+    path = with_rows(tmp_path, 300, tokenizer="spm")
+    if alone:
+        (path / "tokenizer.json").unlink()
+    with pytest.raises(QmicaError, match="and the model 300 rows of embeddings: they do not belong together"):
+        load(folder_of(path))
+
+
+def test_added_tokens_that_have_no_row_are_text(tmp_path):
+    """As Gemma 3's 1B has a token for images, and tunes of Llama 2 one for padding."""
+    original = tiny.tiny_tokenizer("qwen2")
+    rows = max(original.get_vocab().values()) + 1
+    original.add_special_tokens({"pad_token": "<|beyond|>"})
+    original.add_tokens(["beside"])
+    assert original("<|beyond|>beside").input_ids == [rows, rows + 1]
+    with_rows(tmp_path, rows, "qwen2")
+    original.save_pretrained(tmp_path)
+    tok = load(folder_of(tmp_path))
+    assert max(tok.get_vocab().values()) < rows and tok.pad_token is None
+    before = tiny.tiny_tokenizer("qwen2")
+    for text in ("<|beyond|>beside", *TORTURE):
+        assert tok(text).input_ids == before(text).input_ids
+    assert gguf_metadata(tok, rows)[:5] == gguf_metadata(before, rows)[:5]  # all but special ids and template
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_template_that_takes_long_to_compile_is_refused(alone, tmp_path):
+    path = spm_folder(tmp_path) if alone else tiny.save_tiny(tmp_path, "llama")
+    (path / "chat_template.jinja").write_text("{{ a }}" * 150_000)
+    with pytest.raises(QmicaError, match="template has 1,050,000 characters, and qmica takes up to 131,072"):
+        load(folder_of(path))
+    entries = as_metadata(gguf_metadata(tiny.tiny_tokenizer("llama"), tiny.VOCAB_SIZE))
+    with pytest.raises(QmicaError, match="takes up to 131,072"):
+        from_gguf(entries | {tokenizer.CHAT_TEMPLATE: "x" * 140_000})
+
+
 def test_rows_are_told_apart_by_the_probe():
     pieces = {
         tuple(p for p, _ in tokenizer._pipeline(row.splits).pre_tokenize_str(tokenizer.PROBE)) for row in PRE_TOKENIZERS
