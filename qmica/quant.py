@@ -3,11 +3,13 @@ bitsandbytes.
 
 How: a frozen linear is a bitsandbytes (or torch) module whose class is replaced by one of ours. The storage and its
 class stay what PEFT and transformers know; the forward and the backward become one thin autograd function,
-`FrozenMatmul`, which keeps nothing of the forward but the layer itself. Three defects go with it:
+`FrozenMatmul`, which keeps nothing of the forward but the layer itself. Four defects go with it:
 
 - bitsandbytes' int8 linear keeps its input on `ctx`, outside saved tensors, so that activation checkpointing frees
   nothing (462 MB held at 1 x 1024 tokens where NF4 held none);
 - `Linear4bit.forward` in eval mode on an AVX512-BF16 CPU repacks the weight in place, after which gradients are wrong;
+- on a CPU with AVX512, NF4 weights whose columns are a multiple of 16 and not of 64 are dequantized with the scales of
+  other blocks (0.50.2, csrc/cpu_ops.cpp: the ARM kernel has the guard that is missing there);
 - 16-bit weights under fp32 compute would keep an fp32 copy of every weight in the graph.
 
 What it gives up: int8 is weight-only here (dequantize, then multiply), as bitsandbytes itself trains on CPUs: the
@@ -19,6 +21,7 @@ Formats: NF4 is blocks of 64 weights with double-quantized scales (QLoRA, arXiv 
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,18 +34,23 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns ab
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
-    """`torch.compile` gives back what it gets. bitsandbytes calls it when it is imported, on four functions that are
-    for devices without kernels of its own; that imports torch's compiler: 3.7 s and 110 MB for nothing.
+def _alone() -> Iterator[None]:
+    """Keep two things from bitsandbytes while it is imported. `torch.compile`, which it calls on four functions that
+    are for devices without kernels of its own: it imports torch's compiler, 3.7 s and 110 MB for nothing. And the
+    package `kernels`, with which, on a CPU with AVX512-BF16, it loads code from the hub (backends/cpu/ops.py).
     """
     compiler, torch.compile = torch.compile, lambda function=None, **_: function or (lambda given: given)
+    modules = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "kernels"}
+    sys.modules["kernels"] = None  # an import of it fails
     try:
         yield
     finally:
         torch.compile = compiler
+        del sys.modules["kernels"]
+        sys.modules.update(modules)
 
 
-with _uncompiled():
+with _alone():
     import bitsandbytes as bnb
 
 from qmica import checkpointing, store  # noqa: E402
@@ -146,6 +154,8 @@ class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         state = copy.copy(self.weight.quant_state)
+        if self.in_features % state.blocksize:  # bitsandbytes' AVX512 kernel would begin a block with each row
+            return self.rows(0, self.out_features, dtype)
         state.dtype = dtype  # the kernel writes this dtype; a cast afterwards would round twice
         return bnb.functional.dequantize_4bit(self.weight.data, state)
 
@@ -154,9 +164,11 @@ class NF4Linear(FrozenLinear, bnb.nn.Linear4bit):
         state, columns, count = self.weight.quant_state, self.in_features, self.in_features * self.out_features
         unit = state.blocksize * (state.state2.blocksize if state.nested else 1)
         begin, end = start * columns // unit * unit, min(-(-stop * columns // unit) * unit, count)
+        blocks, rest = divmod(end - begin, state.blocksize)
         part = bnb.functional.QuantState(
             absmax=_scales(state, begin // state.blocksize, -(-end // state.blocksize)),
-            shape=torch.Size((end - begin,)),
+            # a row a block: rows are what the kernel's threads share
+            shape=torch.Size((end - begin,) if rest else (blocks, state.blocksize)),
             dtype=dtype,
             blocksize=state.blocksize,
             quant_type=state.quant_type,

@@ -228,6 +228,8 @@ def _within_rows(tokenizer: PreTrainedTokenizerFast, config: Path) -> PreTrained
     if beyond:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state["added_tokens"] = [row for row in state["added_tokens"] if row["content"] not in beyond]
+        if isinstance(vocabulary := state["model"]["vocab"], dict):  # not Unigram's list
+            state["model"]["vocab"] = {token: id for token, id in vocabulary.items() if token not in beyond}
         for role in (f"{name}_token" for name in SPECIAL_IDS if getattr(tokenizer, f"{name}_token", None) in beyond):
             setattr(tokenizer, role, None)
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))

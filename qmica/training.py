@@ -79,25 +79,25 @@ def train(
     allocator.keep_freed()
     accelerator = make_accelerator(job)
     say = accelerator.print
-    known = _look(job, began, accelerator)
-    network = load_network(job, known.base, known.choice.modes, accelerator.device, say, began)
-    run = began or runs.create(job.training.out, known.base.name, (job.data.data or samples.ALMANAC)[0])
-    loop = Loop(job, run, network, known.prepared, accelerator, known.choice.parts)
-    record = _record(job, network, known.prepared, loop.optimizer_name)
+    setup = _look(job, began, accelerator)
+    network = load_network(job, setup.base, setup.choice.modes, accelerator.device, say, began)
+    run = began or runs.create(job.training.out, setup.base.name, (job.data.data or samples.ALMANAC)[0])
+    loop = Loop(job, run, network, setup.prepared, accelerator, setup.choice.parts)
+    record = _record(job, network, setup.prepared, loop.optimizer_name)
     if began is not None:
         _go_on(loop, record)
-    _learn(known, loop, record if began is None else None)
+    _learn(setup, loop, record if began is None else None)
     if accelerator.is_main_process:
         adapter.save_adapter(network, run.adapter)
-        known.tokens.save_pretrained(run.adapter)
-    prompt = job.training.probe or _first_words(known.prepared, known.tokens)
-    before = _answer(network, known.tokens, prompt, tuned=False)  # without the adapter nothing has changed
-    _conclude(run, loop, prompt, before, _answer(network, known.tokens, prompt), say)
+        setup.tokens.save_pretrained(run.adapter)
+    prompt = job.training.probe or _first_words(setup.prepared, setup.tokens)
+    before = _answer(network, setup.tokens, prompt, tuned=False)  # without the adapter nothing has changed
+    _conclude(run, loop, prompt, before, _answer(network, setup.tokens, prompt), say)
     return run
 
 
 @dataclass(frozen=True)
-class Known:
+class Setup:
     """What is known of a run before its weights are loaded. frozen: how many weights the base has."""
 
     base: source.Source
@@ -118,7 +118,7 @@ def _asked(job: Job, began: runs.Run | None) -> Job:
     return job
 
 
-def _look(job: Job, began: runs.Run | None, accelerator: Accelerator) -> Known:
+def _look(job: Job, began: runs.Run | None, accelerator: Accelerator) -> Setup:
     """Find the model, read the data and choose how it is computed, which is said. A rank or a target that does not fit
     is known before anything is loaded."""
     say, device = accelerator.print, accelerator.device
@@ -133,7 +133,7 @@ def _look(job: Job, began: runs.Run | None, accelerator: Accelerator) -> Known:
     prepared = _read_data(job, tokens, say)
     parts = began.last_checkpoint().state().get("parts", 1) if began is not None else None
     choice = choose(job, headers, empty, prepared, device, compute, say, parts)
-    return Known(found, empty.num_parameters(), tokens, prepared, choice)
+    return Setup(found, empty.num_parameters(), tokens, prepared, choice)
 
 
 def _go_on(loop: "Loop", record: dict) -> None:
@@ -145,12 +145,12 @@ def _go_on(loop: "Loop", record: dict) -> None:
     loop.accelerator.print(f"going on after step {loop.step}, from {checkpoint.folder}")
 
 
-def _learn(known: Known, loop: "Loop", record: dict | None) -> None:
+def _learn(setup: Setup, loop: "Loop", record: dict | None) -> None:
     """All the steps within --memory; what was planned against what it came to. record: what config.json of a new run
     holds."""
     accelerator, say = loop.accelerator, loop.accelerator.print
-    with memory.held_below(known.choice.limit, accelerator.device):
-        expected, exchanged = _tell(loop.job, loop.network, loop, known.frozen, say)
+    with memory.held_below(setup.choice.limit, accelerator.device):
+        expected, exchanged = _tell(loop.job, loop.network, loop, setup.frozen, say)
         if record is not None and accelerator.is_main_process:
             loop.run_folder.write_config(record)  # not before: until the first step the folder has nothing to lose
         _start_tracker(accelerator, loop.job, loop.run_folder)
@@ -161,7 +161,7 @@ def _learn(known: Known, loop: "Loop", record: dict | None) -> None:
             for exchange in exchanged:
                 exchange.take()
         took = time.perf_counter() - began
-    _compare(known.choice.plan, loop.peak, expected, took, say)
+    _compare(setup.choice.plan, loop.peak, expected, took, say)
 
 
 class Stream:

@@ -63,6 +63,12 @@ def _is_loopback(address) -> bool:
 
 
 @pytest.fixture
+def exact_bitsandbytes(monkeypatch):
+    """bitsandbytes as an oracle: on a CPU with AVX512-BF16 its linears compute in bf16 outside training."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
+@pytest.fixture
 def measured(record_property):
     """Notes what a test measured, `measured(merged=3.1e-6)`, beside what is allowed: its assertions stay its own."""
 

@@ -292,8 +292,11 @@ def test_a_lora_of_pefts_trains_on_as_one(base, tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "method"), [(16, "mica"), (4, "mica"), (16, "lora"), (4, "lora")])
-def test_peft_gives_our_logits(base, tmp_path, bits, method):
-    """Without a flag, where the adapter moves the logits by 10."""
+def test_peft_gives_our_logits(tmp_path, bits, method):
+    """Without a flag, where the adapter moves the logits by 10. Of columns that are no multiple of 64 bitsandbytes takes
+    wrong scales on a CPU with AVX512.
+    """
+    base = tiny.save_tiny(tmp_path / "llama", dtype=torch.bfloat16, intermediate_size=128)
     network = attached(base, bits, AdapterConfig(rank=RANK, alpha=ALPHA, method=method))
     with adapter.switched(network, False):
         bare = logits(network)

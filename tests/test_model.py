@@ -117,12 +117,15 @@ def dequantized(network):
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-biased", "qwen2-tied"])
-def test_4_bits_is_transformers_with_bitsandbytes(folders, kind):
-    one, other = ours(folders[kind], 4), theirs(folders[kind], quantization_config=NF4)
+def test_4_bits_is_transformers_with_bitsandbytes(tmp_path, kind, exact_bitsandbytes):
+    """With columns that are a multiple of 64: of others it takes the wrong scales on a CPU with AVX512."""
+    family, options = KINDS[kind]
+    folder = save_tiny(tmp_path, family, dtype=torch.bfloat16, intermediate_size=128, **options)
+    one, other = ours(folder, 4), theirs(folder, quantization_config=NF4)
     difference = apart(one, other)
     assert difference < 5e-6, f"{difference:.1e}"  # measured: 0 to 1e-6, from other orders of summation
     assert apart(one, dequantized(other)) == 0.0
-    assert apart(one, theirs(folders[kind])) > 0.01, "NF4 changes nothing: the comparison says nothing"
+    assert apart(one, theirs(folder)) > 0.01, "NF4 changes nothing: the comparison says nothing"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

@@ -3,6 +3,9 @@ keeps of them.
 """
 
 import ctypes
+import os
+import subprocess
+import sys
 import weakref
 
 import bitsandbytes as bnb
@@ -136,7 +139,7 @@ def test_the_16bit_weight_is_let_go(bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dequantized_values(dtype):
     """NF4: bitsandbytes' own kernel, at each dtype. int8: codes · scale / 127. 16: a cast."""
-    weight = matrix()
+    weight = matrix(columns=128)
     four = quant.quantize(weight, None, 4, CPU)
     exact = bnb.functional.dequantize_4bit(four.weight.data, four.weight.quant_state).float()
     got = quant.dequantize(four, dtype)
@@ -167,6 +170,34 @@ def test_rows_are_those_of_the_whole(bits, shape):
     places = {(0, shape[0]), (0, 1), (shape[0] - 1, shape[0]), (shape[0] // 3, shape[0] // 2 + 1)}
     for start, stop in places:
         same(stored.rows(start, stop), whole[start:stop])
+
+
+@pytest.mark.parametrize("columns", [16, 64, 80, 96, 112, 128, 72])
+def test_blocks_do_not_begin_with_rows(columns):
+    """Against the definition: a code's value times the scale of its 64, counted through the rows."""
+    linear = quant.quantize(matrix(48, columns), None, 4, CPU)
+    state = linear.weight.quant_state
+    scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    pairs = linear.weight.data.reshape(-1)
+    codes = torch.stack([pairs >> 4, pairs & 15], 1).reshape(-1).long()
+    expected = state.code[codes] * scales.repeat_interleave(64)[: len(codes)]
+    same(quant.dequantize(linear), expected.view(48, columns))
+
+
+def test_nothing_is_loaded_from_the_hub_by_an_import(tmp_path):
+    """A package `kernels` that is installed stays unused by bitsandbytes, and can be imported afterwards."""
+    (tmp_path / "kernels.py").write_text(
+        "print('imported')\ndef get_kernel(*names, **options):\n    print('asked for', names)\n    raise OSError\n"
+    )
+    code = "import qmica.quant; print('between'); import kernels"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert (run.stdout, run.stderr) == ("between\nimported\n", "")
 
 
 def test_rows_of_one_level_of_scales():

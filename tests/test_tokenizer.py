@@ -759,18 +759,23 @@ def test_a_folder_whose_vocabulary_is_larger_than_the_embedding_is_refused(alone
         load(folder_of(path))
 
 
-def test_added_tokens_that_have_no_row_are_text(tmp_path):
+@pytest.mark.parametrize(("name", "listed"), [("qwen2", False), ("spm", True)])  # listed: in the vocabulary too
+def test_added_tokens_that_have_no_row_are_text(name, listed, tmp_path):
     """As Gemma 3's 1B has a token for images, and tunes of Llama 2 one for padding."""
-    original = tiny.tiny_tokenizer("qwen2")
+    original = tiny.tiny_tokenizer(name)
     rows = max(original.get_vocab().values()) + 1
     original.add_special_tokens({"pad_token": "<|beyond|>"})
     original.add_tokens(["beside"])
-    assert original("<|beyond|>beside").input_ids == [rows, rows + 1]
-    with_rows(tmp_path, rows, "qwen2")
+    assert original("<|beyond|>beside").input_ids[-2:] == [rows, rows + 1]
+    with_rows(tmp_path, rows, tokenizer=name)
     original.save_pretrained(tmp_path)
+    if listed:
+        state = json.loads((tmp_path / "tokenizer.json").read_text())
+        state["model"]["vocab"]["<|beyond|>"] = rows
+        (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     tok = load(folder_of(tmp_path))
     assert max(tok.get_vocab().values()) < rows and tok.pad_token is None
-    before = tiny.tiny_tokenizer("qwen2")
+    before = tiny.tiny_tokenizer(name)
     for text in ("<|beyond|>beside", *TORTURE):
         assert tok(text).input_ids == before(text).input_ids
     assert gguf_metadata(tok, rows)[:5] == gguf_metadata(before, rows)[:5]  # all but special ids and template
