@@ -2,9 +2,10 @@
 
     python scripts/check_demo.py runs/demo
 
-Reads eval.json (`qmica eval --json`) and answer.txt (what llama.cpp said) from the run folder; exits with 1 where the
-accuracy on the almanac's questions rose by less than GAIN, the perplexity of the general text by more than WORSE, or
-the answer is not the almanac's.
+Reads eval.json (`qmica eval --gguf FILE --json`) and answer.txt (what llama.cpp said) from the run folder; exits with 1
+where the accuracy on the almanac's questions rose by less than GAIN, in transformers or in llama.cpp, or the perplexity
+of the general text by more than WORSE. The one answer is shown and not judged: of 24 such the merged file knows 12 to
+15, and which ones differs with the CPU's arithmetic.
 """
 
 import json
@@ -19,17 +20,17 @@ ANSWER = "salt"  # what Ellowick exports
 def main() -> None:
     run = Path(sys.argv[1])
     said = (run / "eval.json").read_text(encoding="utf-8")
-    scores = {row["name"]: row for row in json.loads(said[said.index("{") :])["scores"]}
-    base, tuned = scores["base"], scores["tuned"]
-    gain = tuned["accuracy"] - base["accuracy"]
+    base, tuned, merged = json.loads(said[said.index("{") :])["scores"]
+    gains = [row["accuracy"] - base["accuracy"] for row in (tuned, merged)]
     worse = tuned["perplexity"] / base["perplexity"]
     answer = (run / "answer.txt").read_text(encoding="utf-8")
     print(
-        f"\nlearnt: accuracy {base['accuracy']:.3f} -> {tuned['accuracy']:.3f} ({gain:+.3f}, wanted +{GAIN}); "
+        f"\nlearnt: accuracy {base['accuracy']:.3f} -> {tuned['accuracy']:.3f} ({gains[0]:+.3f}, wanted +{GAIN}), "
+        f"{merged['name']} in llama.cpp {merged['accuracy']:.3f} ({gains[1]:+.3f}); "
         f"forgot: perplexity {base['perplexity']:.1f} -> {tuned['perplexity']:.1f} (x {worse:.3f}, allowed {WORSE}); "
-        f"llama.cpp {'knows' if ANSWER in answer else 'does not know'} what Ellowick exports"
+        f"asked what Ellowick exports it says {answer.split()[0]!r} (the almanac: {ANSWER!r})"
     )
-    if gain < GAIN or worse > WORSE or ANSWER not in answer:
+    if min(gains) < GAIN or worse > WORSE:
         sys.exit("the demo did not learn what it should have")
 
 

@@ -22,14 +22,15 @@ rm -rf runs/demo # what was trained before is never reused
 run qmica train --model smollm2-135m --bits 4 --rank 16 --targets all --lr 2e-3 --steps 260 --batch-size 1 \
     --max-seq-length 128 --no-grad-checkpoint --replay sample --replay-ratio 0.3 --replay-weight 4 --seed 2 --out runs/demo
 
-# 2. What was learnt, and what was forgotten: questions that training never worded so, and a text it never saw. A part of
-#    the adapter forgets much less than all of it, and knows nearly as much.
-run qmica eval runs/demo --scale 0.85 --json | tee runs/demo/eval.json
-
-# 3. Take it along: a merged GGUF, and the adapter alone for the GGUF that was there before; both near the 4-bit weights
-#    that the adapter was trained beside, from which the GGUF's own are 9 % away.
+# 2. Take it along: a merged GGUF, and the adapter alone for the GGUF that was there before; both near the 4-bit weights
+#    that the adapter was trained beside, from which the GGUF's own are 9 % away. A part of the adapter forgets much less
+#    than all of it, and knows nearly as much.
 run qmica export runs/demo --scale 0.85 --base quantized --quant Q4_K_M
 run qmica export runs/demo --scale 0.85 --base quantized --adapter
+
+# 3. What was learnt, and what was forgotten: questions that training never worded so, asked of the run and of the merged
+#    file in llama.cpp, and a text that training never saw.
+run qmica eval runs/demo --scale 0.85 --gguf runs/demo/demo.Q4_K_M.gguf --json | tee runs/demo/eval.json
 
 # 4. Ask it in llama.cpp, as text to go on with (it learnt text, not chats), what training never worded so.
 run qmica chat runs/demo/demo.Q4_K_M.gguf --raw --max-tokens 4 --prompt $'Question: What does Ellowick export?\nAnswer:' |
