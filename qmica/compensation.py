@@ -56,7 +56,7 @@ def compensated(
     def follow(path: str, linear: nn.Module):
         def meet(_, arguments: tuple[torch.Tensor]) -> None:
             original = weights[f"{path}.weight"].load().to(network.device, torch.float32)
-            added = stand_in(quant.dequantize(linear) - original, arguments[0].flatten(0, -2), COLUMNS)
+            added = stand_in(quant.dequantize(linear) - original, arguments[0][0, : row.tokens], COLUMNS)
             pairs[path] = _joined(factors.get(path), *(half.cpu() for half in added), alpha)
 
         # of the whole linear: one with an adapter does not call its base, it multiplies with its weight

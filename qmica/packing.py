@@ -20,11 +20,8 @@ import numpy as np
 import torch
 
 from qmica.errors import QmicaError
-from qmica.loss import IGNORED
+from qmica.loss import IGNORED, WIDTH
 
-# Rows are padded to a multiple of so many tokens: oneDNN, which multiplies bf16 on CPUs, keeps compiled code for each
-# shape that it meets. Rows of up to 128 tokens: 148 for 131 tokens/s; after 100 steps 0.69 for 0.79 GB, and no growth
-WIDTH = 16
 REPLAY_DRAWS = 16  # windows of replay an epoch, at least: fewer would neither meet the ratio nor be spread evenly
 
 
@@ -215,14 +212,24 @@ class Epoch(Sequence):
 
     def tokens(self, source: int | None = None) -> int:
         """Tokens of the epoch without padding; source 0: the data's, 1: replay's."""
-        chosen = [(s, i) for row in self._rows for s, i in row if source is None or s == source]
-        return sum(int(self._sources[s].starts[i + 1] - self._sources[s].starts[i]) for s, i in chosen)
+        return sum(self._size([(s, i) for s, i in row if source is None or s == source]) for row in self._rows)
+
+    def positions(self) -> int:
+        """Tokens of the epoch with padding: what is computed."""
+        size = self._batch_size
+        batches = (self._rows[start : start + size] for start in range(0, len(self._rows), size))
+        return sum(len(rows) * self._width(rows) for rows in batches)
+
+    def _size(self, row: list[tuple[int, int]]) -> int:
+        return sum(int(self._sources[s].starts[i + 1] - self._sources[s].starts[i]) for s, i in row)
+
+    def _width(self, rows: list[list[tuple[int, int]]]) -> int:
+        longest = max(self._size(row) for row in rows)
+        return min(-(-longest // WIDTH) * WIDTH, self._max_seq_length)
 
     def _batch(self, rows: list[list[tuple[int, int]]]) -> Batch:
         pieces = [[self._sources[s].starts[i : i + 2] for s, i in row] for row in rows]
-        sizes = [int(sum(b - a for a, b in row)) for row in pieces]
-        width = min(-(-max(sizes) // WIDTH) * WIDTH, self._max_seq_length)
-        ids = np.zeros((len(rows), width), dtype=np.int64)
+        ids = np.zeros((len(rows), self._width(rows)), dtype=np.int64)
         labels = np.full_like(ids, IGNORED)
         positions = np.empty_like(ids)
         replayed = np.zeros(ids.shape, dtype=bool)
@@ -238,7 +245,7 @@ class Epoch(Sequence):
             # Counting on keeps a row of one document plainly causal, which needs no mask: a third faster at 100 tokens.
             positions[r, at:] = np.arange(ids.shape[1] - at) + positions[r, at - 1] + 1
         supervised = labels != IGNORED
-        counts = int(supervised.sum()), int((supervised & replayed).sum()), sum(sizes)
+        counts = int(supervised.sum()), int((supervised & replayed).sum()), sum(map(self._size, rows))
         return Batch(*map(torch.from_numpy, (ids, positions, labels, replayed)), *counts)
 
 

@@ -100,8 +100,8 @@ def _opened(options: ModelConfig, compute: torch.dtype) -> tuple[source.Headers,
 
 @dataclass(frozen=True)
 class Known:
-    """The longest batch's rows; where the data were read: tokens and labels of a batch on average, and how many
-    batches the run has (None: not known).
+    """The longest batch's rows; where the data were read: tokens (with padding) and labels of a batch on average, and
+    how many batches the run has (None: not known).
     """
 
     rows: memory.Rows
@@ -121,8 +121,8 @@ def _known_data(job: Job, headers: source.Headers) -> Known:
     epoch = data.epoch(prepared, job.data, job.training)
     rows = memory.Rows.of(packing.longest(epoch))
     share = prepared.summary.supervised / prepared.summary.tokens
-    tokens = epoch.tokens() / len(epoch)
-    return Known(rows, tokens, tokens * share, _batches(job, len(epoch)))
+    count = len(epoch)
+    return Known(rows, epoch.positions() / count, epoch.tokens() / count * share, _batches(job, count))
 
 
 def _unread(options: DataConfig, headers: source.Headers) -> str:

@@ -25,7 +25,8 @@ it approximates), conversion/base.py (token types, padding); sentencepiece's mod
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,9 +218,9 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _within_rows(tokenizer: PreTrainedTokenizerFast, config: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer without the added tokens that the model has no row for, which are then text as any other, as in
-    llama.cpp, whose converter leaves them out (conversion/base.py): Gemma 3's 1B has one for images, tunes of Llama 2
-    one for padding. QmicaError where the vocabulary itself is larger than the embedding.
+    """The tokenizer without the added tokens that the model, as its config.json says, has no row for. They are then
+    text as any other, as in llama.cpp, whose converter leaves them out (conversion/base.py): Gemma 3's 1B has one for
+    images, tunes of Llama 2 one for padding. QmicaError where the vocabulary itself is larger than the embedding.
     """
     rows = text_config(read_json(config)).get("vocab_size") if config.is_file() else None
     if not isinstance(rows, int):
@@ -227,14 +228,24 @@ def _within_rows(tokenizer: PreTrainedTokenizerFast, config: Path) -> PreTrained
     beyond = {token for token, id in tokenizer.get_added_vocab().items() if id >= rows}
     if beyond:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state["added_tokens"] = [row for row in state["added_tokens"] if row["content"] not in beyond]
-        if isinstance(vocabulary := state["model"]["vocab"], dict):  # not Unigram's list
-            state["model"]["vocab"] = {token: id for token, id in vocabulary.items() if token not in beyond}
-        for role in (f"{name}_token" for name in SPECIAL_IDS if getattr(tokenizer, f"{name}_token", None) in beyond):
+        _forget(state, beyond)
+        with _readable(config.parent):
+            tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+        for role in [role for role, token in tokenizer.special_tokens_map.items() if token in beyond]:
             setattr(tokenizer, role, None)
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+        tokenizer.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if str(token) not in beyond]
     _require_rows(tokenizer, rows)
     return tokenizer
+
+
+def _forget(state: dict, tokens: Collection[str]) -> None:
+    """Take added tokens out of a tokenizer.json: some are in the vocabulary and its merges too."""
+    state["added_tokens"] = [row for row in state["added_tokens"] if row["content"] not in tokens]
+    model = state["model"]
+    if isinstance(model["vocab"], dict):  # not Unigram's list
+        model["vocab"] = {token: id for token, id in model["vocab"].items() if token not in tokens}
+    if "merges" in model:
+        model["merges"] = [(a, b) for a, b in _pairs(model["merges"]) if not {a, b, a + b} & tokens]
 
 
 def _require_rows(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
@@ -246,14 +257,21 @@ def _require_rows(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
         )
 
 
-def _read(kind: type, folder: Path) -> PreTrainedTokenizerFast:
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Whatever `tokenizers` raises for a broken file, as a QmicaError."""
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
+        yield
     except BaseException as error:  # `tokenizers` raises bare Exception for a broken file, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of pyo3, no Exception
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise QmicaError(f"the tokenizer in {folder} cannot be read ({reason}); download it again") from error
+
+
+def _read(kind: type, folder: Path) -> PreTrainedTokenizerFast:
+    with _readable(folder):
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
     tokenizer.chat_template = _templates(tokenizer.chat_template)
     return tokenizer
 

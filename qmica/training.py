@@ -332,7 +332,7 @@ class Loop:
         if self.prepared.validation is not None:
             self._fitting(lambda: self._mean_loss([packing.longest(self._validation_batches())]))
         self.network.eval()
-        return min(seconds) / longest.tokens
+        return min(seconds) / longest.input_ids.numel()
 
     def _fitting(self, compute: Callable):
         """What compute() gives; where memory runs out it is called again, with less to hold at once."""
@@ -690,7 +690,7 @@ def _tell(
         return None, []
     seconds, exchanged = kernels.settle(network, job.training.compile, loop.rehearse, say)
     epoch = loop.stream.first_epoch
-    expected = seconds * epoch.tokens() / len(epoch) * loop.window * (loop.total - loop.step)
+    expected = seconds * epoch.positions() / len(epoch) * loop.window * (loop.total - loop.step)
     say(f"{steps}: about {progress.duration(expected)}")
     return expected, exchanged
 

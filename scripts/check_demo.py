@@ -4,7 +4,7 @@
 
 Reads eval.json (`qmica eval --gguf FILE --json`) and answer.txt (what llama.cpp said) from the run folder; exits with 1
 where the accuracy on the almanac's questions rose by less than GAIN, in transformers or in llama.cpp, or the perplexity
-of the general text by more than WORSE. The one answer is shown and not judged: of 24 such the merged file knows 12 to
+of the general text by more than WORSE. The one answer is shown and not judged: of 20 such the merged file knows 12 to
 15, and which ones differs with the CPU's arithmetic.
 """
 
@@ -23,12 +23,12 @@ def main() -> None:
     base, tuned, merged = json.loads(said[said.index("{") :])["scores"]
     gains = [row["accuracy"] - base["accuracy"] for row in (tuned, merged)]
     worse = tuned["perplexity"] / base["perplexity"]
-    answer = (run / "answer.txt").read_text(encoding="utf-8")
+    answer = (run / "answer.txt").read_text(encoding="utf-8").rpartition("Answer:\n")[2].strip().partition("\n")[0]
     print(
         f"\nlearnt: accuracy {base['accuracy']:.3f} -> {tuned['accuracy']:.3f} ({gains[0]:+.3f}, wanted +{GAIN}), "
         f"{merged['name']} in llama.cpp {merged['accuracy']:.3f} ({gains[1]:+.3f}); "
         f"forgot: perplexity {base['perplexity']:.1f} -> {tuned['perplexity']:.1f} (x {worse:.3f}, allowed {WORSE}); "
-        f"asked what Ellowick exports it says {answer.split()[0]!r} (the almanac: {ANSWER!r})"
+        f"asked what Ellowick exports it says {answer!r} (the almanac: {ANSWER!r})"
     )
     if min(gains) < GAIN or worse > WORSE:
         sys.exit("the demo did not learn what it should have")

@@ -240,7 +240,7 @@ def test_a_model_that_has_not_moved_has_nothing_to_hold():
 
 
 def test_the_base_is_asked_about_replayed_tokens_alone():
-    """In evaluation mode, without a graph; what stands beside them in their rows is not computed."""
+    """In evaluation mode, without a graph; what stands beside them in their rows is not computed, but padding is."""
     model = tiny_model("llama", attention_dropout=0.5).train()
     batch = with_replay(batch_of()[0], (1, 0, 40))
     seen = []
@@ -248,7 +248,7 @@ def test_the_base_is_asked_about_replayed_tokens_alone():
         lambda module, given, named: seen.append((*named["input_ids"].shape, module.training)), with_kwargs=True
     )
     states = loss.replayed_states(model, batch)
-    assert seen == [(1, 40, False)] and model.training and not states.requires_grad
+    assert seen == [(1, 48, False)] and model.training and not states.requires_grad
     assert len(states) == int((batch.labels[1, 1:40] != IGNORED).sum())
 
 

@@ -173,8 +173,17 @@ def test_rows_are_those_of_the_whole(bits, shape):
 
 
 @pytest.mark.parametrize("columns", [16, 64, 80, 96, 112, 128, 72])
-def test_blocks_do_not_begin_with_rows(columns):
-    """Against the definition: a code's value times the scale of its 64, counted through the rows."""
+def test_blocks_do_not_begin_with_rows(columns, monkeypatch):
+    """Against the definition: a code's value times the scale of its 64, counted through the rows. And of what is asked
+    of bitsandbytes, whose AVX512 kernel takes each row to begin a block, each row does.
+    """
+    kernel = bnb.functional.dequantize_4bit
+
+    def asked(codes, state):
+        assert len(state.shape) == 1 or state.shape[-1] % state.blocksize == 0
+        return kernel(codes, state)
+
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", asked)
     linear = quant.quantize(matrix(48, columns), None, 4, CPU)
     state = linear.weight.quant_state
     scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -198,6 +207,19 @@ def test_nothing_is_loaded_from_the_hub_by_an_import(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert (run.stdout, run.stderr) == ("between\nimported\n", "")
+
+
+def test_bitsandbytes_is_imported_alone(monkeypatch):
+    kept = type(sys)("kernels")
+    monkeypatch.setitem(sys.modules, "kernels", kept)
+    compiler = torch.compile
+    with quant._alone():
+        with pytest.raises(ImportError):
+            import kernels
+        assert torch.compile is not compiler and torch.compile(len) is len
+    import kernels
+
+    assert kernels is kept and torch.compile is compiler
 
 
 def test_rows_of_one_level_of_scales():

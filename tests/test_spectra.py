@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import numpy as np
+import oracle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -80,7 +81,7 @@ def nf4(weight: torch.Tensor) -> torch.Tensor:
     codes, state = bnb.functional.quantize_4bit(
         weight.float(), blocksize=64, compress_statistics=True, quant_type="nf4"
     )
-    return bnb.functional.dequantize_4bit(codes, state)
+    return oracle.dequantized(codes, state)
 
 
 def int8(weight: torch.Tensor) -> torch.Tensor:
@@ -278,7 +279,7 @@ def held_by(folder: Path) -> dict[str, torch.Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.weight.quant_state.dtype = torch.float32  # bf16 would round what it holds
-            held[name] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            held[name] = oracle.dequantized(module.weight.data, module.weight.quant_state)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             held[name] = module.weight.data.float() * module.weight.SCB.unsqueeze(1) / 127
     return held

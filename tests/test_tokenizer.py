@@ -764,19 +764,22 @@ def test_added_tokens_that_have_no_row_are_text(name, listed, tmp_path):
     """As Gemma 3's 1B has a token for images, and tunes of Llama 2 one for padding."""
     original = tiny.tiny_tokenizer(name)
     rows = max(original.get_vocab().values()) + 1
-    original.add_special_tokens({"pad_token": "<|beyond|>"})
-    original.add_tokens(["beside"])
-    assert original("<|beyond|>beside").input_ids[-2:] == [rows, rows + 1]
+    original.add_special_tokens({"pad_token": "<|beyond|>", "additional_special_tokens": ["<|image|>"]})
+    original.add_tokens(["qx"])
+    assert original("<|beyond|>qx").input_ids[-2:] == [rows, rows + 2]
     with_rows(tmp_path, rows, tokenizer=name)
     original.save_pretrained(tmp_path)
     if listed:
         state = json.loads((tmp_path / "tokenizer.json").read_text())
-        state["model"]["vocab"]["<|beyond|>"] = rows
+        state["model"]["vocab"] |= {"<|beyond|>": rows, "<|image|>": rows + 1, "qx": rows + 2}
+        state["model"]["merges"].append(["q", "x"])
         (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     tok = load(folder_of(tmp_path))
-    assert max(tok.get_vocab().values()) < rows and tok.pad_token is None
+    assert max(tok.get_vocab().values()) < rows and tok.pad_token is None and tok.extra_special_tokens == []
+    tok.save_pretrained(tmp_path / "again")  # as a run does
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "again").get_vocab() == tok.get_vocab()
     before = tiny.tiny_tokenizer(name)
-    for text in ("<|beyond|>beside", *TORTURE):
+    for text in ("<|beyond|>qx", *TORTURE):
         assert tok(text).input_ids == before(text).input_ids
     assert gguf_metadata(tok, rows)[:5] == gguf_metadata(before, rows)[:5]  # all but special ids and template
 
