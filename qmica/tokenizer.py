@@ -25,7 +25,7 @@ it approximates), conversion/base.py (token types, padding); sentencepiece's mod
 import json
 import re
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,7 +238,7 @@ def _within_rows(tokenizer: PreTrainedTokenizerFast, config: Path) -> PreTrained
     return tokenizer
 
 
-def _forget(state: dict, tokens: Collection[str]) -> None:
+def _forget(state: dict, tokens: set[str]) -> None:
     """Take added tokens out of a tokenizer.json: some are in the vocabulary and its merges too."""
     state["added_tokens"] = [row for row in state["added_tokens"] if row["content"] not in tokens]
     model = state["model"]
