@@ -80,7 +80,9 @@ for bits in (4, 8, 16):
         checkpointing.set_modes(network, [mode] * len(network.base_model.layers))
         base = settle()
         with Peak() as step:
-            loss.summed_loss(network, batch).backward()
+            for _ in range(4):  # a step of 0.1 s is over between two looks at its peak now and then
+                network.zero_grad(set_to_none=True)
+                loss.summed_loss(network, batch).backward()
         found[f"{bits} {mode}"] = {"step": step.value - base, "whole": step.value - start}
         network.zero_grad(set_to_none=True)
     del network
@@ -157,9 +159,8 @@ def test_the_plan_is_what_is_taken_where_malloc_leaves_no_holes(measured, bits, 
     estimate = sum(size for name, size in parts.items() if name not in beside)
     taken = measured[bits, mode]["whole"]
     print(f"{bits} bits, {mode}: planned {mega(estimate)}, taken {mega(taken)}, {estimate / taken:.2f}")
-    # a process' own small change is 2 MB; tensors of a layer that are gone before its last ones come are planned: 3 MB;
-    # the peak varies with the CPU's kernels (of 53.6 MB planned 47.6 are taken at times with AVX512)
-    assert estimate == pytest.approx(taken, rel=0.15, abs=4e6), f"planned {mega(estimate)}, taken {mega(taken)}"
+    # a process' own small change is 2 MB; tensors of a layer that are gone before its last ones come are planned: 3 MB
+    assert estimate == pytest.approx(taken, rel=0.12, abs=4e6), f"planned {mega(estimate)}, taken {mega(taken)}"
 
 
 # ---- what a layer keeps, against autograd

@@ -21,7 +21,21 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from qmica import adapter, budget, checkpointing, cli, loss, memory, model, progress, quant, runs, source, training
+from qmica import (
+    adapter,
+    budget,
+    checkpointing,
+    cli,
+    loss,
+    memory,
+    model,
+    packing,
+    progress,
+    quant,
+    runs,
+    source,
+    training,
+)
 from qmica.errors import QmicaError
 from qmica.linear import MicaLinear
 
@@ -303,11 +317,12 @@ def test_rehearsing_changes_nothing(flags, tmp_path, monkeypatch):
     assert equal(weights(rehearsed), weights(alone))
 
 
-def test_a_step_as_long_as_any_needs_no_rehearsal(flags, tmp_path):
+def test_a_step_as_long_as_any_needs_no_rehearsal(flags, tmp_path, monkeypatch):
     """Nor is one held for it: what the first step takes is known when it is done."""
+    monkeypatch.setattr(packing, "WIDTH", 1)  # padding would make three lengths of many
     loop = small_runs.loop(flags, tmp_path, packing=False, batch_size=1, grad_accum=1, epochs=1, steps=None)
     lengths = [batch.input_ids.numel() for batch in loop.stream.first_epoch]
-    assert len(set(lengths)) == 3
+    assert len(set(lengths)) > 3
     for loop.step, length in enumerate(lengths):
         assert loop.opens_with_the_longest() == (length >= 0.95 * max(lengths)), (length, max(lengths))
 
